@@ -1,0 +1,201 @@
+"""The reference project's claims as data: each with the figures that test it, the rule, and a verdict."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Literal
+
+from gpt2 import measures
+from gpt2.markup import number
+from gpt2.measures import Finding
+from gpt2.results import Results
+
+Verdict = Literal["passed", "failed", "untested"]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A sentence of the reference and its test.
+
+    `rule` names the metrics and the bound, `check` measures and applies it. `scales` are those whose size and corpus
+    let the rule be tested. `study` is the section of the report that discusses it (`run`: none).
+    """
+
+    study: Literal["run", "training", "norms", "vocabularies", "heads", "pruning"]
+    sentence: str
+    rule: str
+    check: Callable[[Results], Finding]
+    scales: tuple[str, ...] = ("tiny", "short", "full")
+
+
+@dataclass(frozen=True)
+class Row:
+    """A claim as judged."""
+
+    claim: Claim
+    measured: str
+    verdict: Verdict
+
+
+def judge(claim: Claim, results: Results) -> Row:
+    """Measure one claim and give the verdict.
+
+    It is untested where the scale is not made to test it or the figures cannot say; the measured text gives the reason.
+    Raises UserError naming file and key if a metric is missing.
+    """
+    holds, measured = claim.check(results)
+    if results.scale not in claim.scales:
+        return Row(claim, f"{measured}; needs scale {' or '.join(claim.scales)}", "untested")
+    if holds is None:
+        return Row(claim, measured, "untested")
+    return Row(claim, measured, "passed" if holds else "failed")
+
+
+CLAIMS = (
+    Claim(
+        "run",
+        "GPT-2 with 124M parameters",
+        f"`train.n_params` = {number(measures.REFERENCE_PARAMS)}",
+        measures.measure_parameters,
+        scales=("short", "full"),
+    ),
+    Claim(
+        "run",
+        "Trained on FineWeb-Edu-10B",
+        "`tokens.tokens_train` ≥ 9.5 billion, of FineWeb-Edu",
+        measures.measure_corpus,
+        scales=("full",),
+    ),
+    Claim(
+        "run",
+        "About 98 % of the documents train, 1 % validate",
+        "`prepare.documents_*`: 97 to 99 % and 0.5 to 1.5 %",
+        measures.measure_split,
+    ),
+    Claim(
+        "run",
+        "HellaSwag is held out of training",
+        "`tokens.benchmark_items_in_train` = 0",
+        measures.measure_held_out,
+    ),
+    Claim(
+        "run",
+        "95,365 steps of 0.5M tokens, about 5 epochs",
+        f"`train.steps` ≥ {number(measures.REFERENCE_STEPS)}, "
+        f"`train.tokens_per_step` = {number(measures.REFERENCE_TOKENS_PER_STEP)}",
+        measures.measure_steps,
+        scales=("full",),
+    ),
+    Claim(
+        "training",
+        "The training converges",
+        "`train.val_loss` < `train.unigram_entropy`, neither `stalled` nor `diverged`",
+        measures.measure_learning,
+    ),
+    Claim(
+        "run",
+        "Reproduces GPT-2 124M",
+        f"`train.val_loss` ≤ {measures.REFERENCE_VAL_LOSS}, that of OpenAI's weights",
+        measures.measure_validation_loss,
+        scales=("full",),
+    ),
+    Claim(
+        "training",
+        "HellaSwag accuracy rises along training",
+        "`hellaswag_acc_norm` in train/eval.csv: rank correlation with the step > 0, last ≥ first + 2 standard errors",
+        measures.measure_rising,
+    ),
+    Claim(
+        "training",
+        "HellaSwag accuracy ends above chance",
+        "`hellaswag.completion_acc_norm` > 25 % + 3 standard errors",
+        measures.measure_above_chance,
+    ),
+    Claim(
+        "run",
+        "The windows are shuffled anew in each epoch",
+        "`train.windows_in_same_place` ≤ 10 (chance leaves 1 in its place)",
+        measures.measure_shuffling,
+    ),
+    Claim(
+        "run",
+        "FlashAttention",
+        f"`train.attention_backend` begins with {', '.join(measures.FUSED_ATTENTION)}",
+        measures.measure_attention,
+    ),
+    Claim(
+        "norms",
+        "Pre-LN trains smoothly",
+        "`norm_study.preln_*`, over all its runs: no `loss_spikes`, neither `stalled` nor `diverged`",
+        partial(measures.measure_smoothness, norm="preln"),
+    ),
+    Claim(
+        "norms",
+        "Post-LN spikes or diverges where Pre-LN does not",
+        "`norm_study.postln_*`, over all its runs: `loss_spikes`, `stalled` or `diverged`; `preln_*`: none",
+        measures.measure_failure,
+    ),
+    Claim(
+        "heads",
+        "Heads of the same layer have attention patterns with cosine similarity over 0.85",
+        "`heads.redundant_pairs` > `heads.untrained_redundant_pairs`",
+        measures.measure_similar_heads,
+    ),
+    Claim(
+        "heads",
+        "Similar heads are mostly in the middle layers",
+        "`heads.redundant_pairs_middle_percent` > 50 and > `heads.middle_layers_percent`",
+        measures.measure_middle,
+    ),
+    *(
+        Claim(
+            "pruning",
+            f"15 % of the heads cost less than 5 % of perplexity, chosen by {criterion}",
+            f"`prune.{prefix}perplexity_rise_percent_at_15` < {measures.MAX_RISE_PERCENT}",
+            partial(measures.measure_pruning, criterion=criterion),
+        )
+        for criterion, prefix in {"redundancy": "", "taylor": "taylor_", "magnitude": "magnitude_"}.items()
+    ),
+    Claim(
+        "pruning",
+        "Redundancy tells which heads to remove",
+        "`prune.perplexity_rise_percent_at_15` < `prune.random_perplexity_rise_percent_at_15`",
+        measures.measure_choice,
+    ),
+    *(
+        Claim(
+            "vocabularies",
+            f"A larger vocabulary splits {group} words less",
+            f"`{group}_tokens_per_word` in tokenizer/vocabularies.csv falls from each size to the next",
+            partial(measures.measure_vocabularies, column=f"{group}_tokens_per_word"),
+        )
+        for group in measures.WORD_GROUPS
+    ),
+    Claim(
+        "vocabularies",
+        "A larger vocabulary shortens sequences",
+        "`bytes_per_token` in tokenizer/vocabularies.csv rises from each size to the next",
+        partial(measures.measure_vocabularies, column="bytes_per_token", rising=True),
+    ),
+    Claim(
+        "vocabularies",
+        "A larger vocabulary makes training cheaper",
+        "`flops_per_byte` in tokenizer/vocabularies.csv falls from each size to the next",
+        partial(measures.measure_vocabularies, column="flops_per_byte"),
+    ),
+    Claim(
+        "run",
+        "The model generates text",
+        "every prompt in generate/samples.csv is continued",
+        measures.measure_generation,
+    ),
+)
+
+# Apart from the others, because its figure differs from run to run.
+TIMED_CLAIM = Claim(
+    "run",
+    "46 h on two A100 with DDP",
+    f"`speed/train.seconds` times `processes` ≤ {measures.REFERENCE_GPU_HOURS} GPU-hours, more than one process",
+    measures.measure_gpu_hours,
+    scales=("full",),
+)

@@ -1,0 +1,116 @@
+"""In which order to remove the heads of a model: four criteria, each an order of all heads, the first to go first.
+
+Letters: B sequences, T tokens, C channels, H heads of a layer, D channels of a head, M heads of all layers together.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from gpt2.heads import Head, list_heads
+from gpt2.model import GPT
+
+Order = list[Head]
+CRITERIA = ("redundancy", "taylor", "magnitude", "random")
+
+
+def rank_heads(
+    model: GPT, similarity: np.ndarray, windows: Tensor, batch_size: int, seeds: Sequence[int]
+) -> dict[str, list[Order]]:
+    """The orders of each criterion: one each, for random one a seed.
+
+    similarity (M, M) are the cosines of the attention patterns; windows (N, T + 1) the tokens that `taylor` looks at.
+    """
+    heads = list_heads(model.config)
+    return {
+        "redundancy": [order_by_redundancy(similarity, heads)],
+        "taylor": [order_by_score(score_taylor(model, windows, batch_size))],
+        "magnitude": [order_by_score(score_magnitude(model))],
+        "random": [order_at_random(heads, seed) for seed in seeds],
+    }
+
+
+def order_by_redundancy(similarity: np.ndarray, heads: Sequence[Head]) -> Order:
+    """Of the most similar pair left within a layer, remove the head that is more like the others of the layer.
+
+    "More like" is the higher mean similarity to the heads left in the layer; of two equals the later one goes. When
+    each layer is down to one head, the rest follow by the same rule without regard to layers.
+    """
+    layers = np.array([head.layer for head in heads])
+    left, order = list(range(len(heads))), []
+    while len(left) > 1:
+        cosines = similarity[np.ix_(left, left)]
+        comparable = (layers[left][:, None] == layers[left]) & ~np.eye(len(left), dtype=bool)
+        if not comparable.any():
+            comparable = ~np.eye(len(left), dtype=bool)
+        first, second = np.unravel_index(np.argmax(np.where(comparable, cosines, -np.inf)), cosines.shape)
+        alike = [cosines[member][comparable[member]].mean() for member in (first, second)]
+        order.append(heads[left.pop(first if alike[0] > alike[1] else second)])
+    return order + [heads[last] for last in left]
+
+
+def order_at_random(heads: Sequence[Head], seed: int) -> Order:
+    """A permutation of the heads that `seed` alone decides."""
+    return [heads[i] for i in np.random.Generator(np.random.PCG64([seed])).permutation(len(heads))]
+
+
+def order_by_score(scores: Sequence[Tensor]) -> Order:
+    """Lowest score first, equal ones by position; scores are one tensor (H,) a layer."""
+    scored = [
+        (value, Head(layer, index)) for layer, row in enumerate(scores) for index, value in enumerate(row.tolist())
+    ]
+    return [head for _, head in sorted(scored)]
+
+
+def score_taylor(model: GPT, windows: Tensor, batch_size: int) -> list[Tensor]:
+    """What removing a head would cost to first order (Michel et al. 2019, equation 2), (H,) float64 a layer.
+
+    The mean over the windows (N, T + 1) of |d loss / d m|, where m = 1 multiplies the output of the head and the loss
+    is the window's mean; then each layer is divided by its Euclidean norm, as there.
+    """
+    device = model.wte.weight.device
+    scores = [torch.zeros(n_head, dtype=torch.float64) for n_head in model.config.layer_heads]
+    for batch in windows.split(batch_size):
+        batch = batch.to(device)
+        # A mask for each window, since the absolute value is taken window by window.
+        masks = [torch.ones(len(batch), 1, len(score), device=device, requires_grad=True) for score in scores]
+        with torch.enable_grad(), mask_heads(model, masks):
+            loss = len(batch) * model(batch[:, :-1], batch[:, 1:])
+        for score, gradient in zip(scores, torch.autograd.grad(loss, masks), strict=True):
+            score += gradient.abs().sum((0, 1)).double().cpu()
+    return [score / score.norm().clamp(min=torch.finfo(score.dtype).tiny) for score in scores]
+
+
+@torch.no_grad()
+def score_magnitude(model: GPT) -> list[Tensor]:
+    """Euclidean norm of the weights that belong to a head, its rows of c_attn and columns of c_proj, (H,) a layer."""
+    scores = []
+    for block in model.h:
+        n_head, head_dim = block.attn.n_head, block.attn.head_dim
+        rows = block.attn.c_attn.weight.double().view(3, n_head, head_dim, -1)
+        columns = block.attn.c_proj.weight.double().view(-1, n_head, head_dim)
+        scores.append((rows.square().sum((0, 2, 3)) + columns.square().sum((0, 2))).sqrt().cpu())
+    return scores
+
+
+@contextmanager
+def mask_heads(model: GPT, masks: Sequence[Tensor]) -> Iterator[None]:
+    """Multiply the output of each head by its mask inside the block.
+
+    masks: one tensor a layer, (H,) for all tokens alike or (B, 1, H) for each sequence its own.
+    """
+    hooks = []
+    for block, mask in zip(model.h, masks, strict=True):
+
+        def scale(module, args, mask=mask, shape=(block.attn.n_head, block.attn.head_dim)) -> Tensor:
+            return (args[0].unflatten(-1, shape) * mask.unsqueeze(-1)).flatten(-2)
+
+        hooks.append(block.attn.c_proj.register_forward_pre_hook(scale))
+    try:
+        yield
+    finally:
+        for hook in hooks:
+            hook.remove()

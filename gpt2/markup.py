@@ -1,0 +1,68 @@
+"""Numbers, tables and pages for people: Markdown, and the same as one HTML file without outside links."""
+
+import base64
+import math
+import re
+from collections.abc import Iterable, Sequence
+from numbers import Integral
+from pathlib import Path
+
+import markdown
+
+_STYLE = """
+:root { color-scheme: light dark; --ink: #1f2328; --page: #fff; --line: #d0d7de; --shade: #f6f8fa; }
+@media (prefers-color-scheme: dark) { :root { --ink: #e6edf3; --page: #0d1117; --line: #30363d; --shade: #161b22; } }
+body { font: 16px/1.5 system-ui, sans-serif; color: var(--ink); background: var(--page);
+  max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
+h2 { margin-top: 2.5rem; border-bottom: 1px solid var(--line); padding-bottom: .2rem; }
+table { border-collapse: collapse; display: block; overflow-x: auto; margin: 1rem 0; font-size: 14px; }
+th, td { border: 1px solid var(--line); padding: .3rem .6rem; vertical-align: top; }
+th { background: var(--shade); }
+code { background: var(--shade); padding: .1rem .25rem; border-radius: 3px; font-size: 90%; overflow-wrap: anywhere; }
+blockquote { margin: 1rem 0; padding: 0 1rem; border-left: 3px solid var(--line); overflow-wrap: anywhere; }
+img { max-width: 100%; background: #fff; border-radius: 4px; }
+"""
+
+
+def number(value: int | float) -> str:
+    """Four significant digits with thousands separators, whole numbers in full: 3.292, 50,257, 8.8e-04, n/a for NaN."""
+    if isinstance(value, Integral):
+        return f"{value:,}"
+    if not math.isfinite(value):
+        return "n/a"
+    size = abs(value)
+    if size >= 1000 or value == 0:
+        return f"{value:,.0f}"
+    return f"{value:#.4g}" if size >= 0.001 else f"{value:.1e}"
+
+
+def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
+    """A Markdown table; `align` has one letter per column, l or r. Bars and line ends in cells are made harmless."""
+    rules = {"l": ":--", "r": "--:"}
+    lines = [header, [rules[letter] for letter in align], *rows]
+    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
+
+
+def _cell(text: str) -> str:
+    return " ".join(text.split()).replace("|", "&#124;")
+
+
+def literal(text: str) -> str:
+    """Text on one line in which nothing is Markdown or HTML: every character but letters, digits and plain
+    punctuation becomes a numeric entity."""
+    return re.sub(r"[^\w\s.,;?'\"=/%()-]|_", lambda found: f"&#{ord(found[0])};", " ".join(text.split()))
+
+
+def to_html(text: str, title: str, folder: Path) -> str:
+    """A whole HTML page of Markdown `text`; images named relative to `folder` are embedded."""
+    body = markdown.markdown(text, extensions=["tables"], output_format="html")
+    body = re.sub(r'src="([^"]+\.png)"', lambda found: f'src="{_data_uri(folder / found[1])}"', body)
+    return (
+        '<!doctype html>\n<html lang="en">\n<head>\n<meta charset="utf-8">\n'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">\n'
+        f"<title>{title}</title>\n<style>{_STYLE}</style>\n</head>\n<body>\n{body}\n</body>\n</html>\n"
+    )
+
+
+def _data_uri(path: Path) -> str:
+    return f"data:image/png;base64,{base64.b64encode(path.read_bytes()).decode()}"

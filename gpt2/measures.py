@@ -1,0 +1,210 @@
+"""Measurements behind the claims: from the results of a run to whether a rule holds, and the figures as text."""
+
+import math
+from collections.abc import Sequence
+from itertools import pairwise
+
+import numpy as np
+import pandas as pd
+
+from gpt2.markup import number
+from gpt2.results import Results
+
+# Whether the rule holds, None where the figures cannot say, and what was measured.
+Finding = tuple[bool | None, str]
+
+REFERENCE_PARAMS = 124_439_808
+REFERENCE_STEPS = 95_365
+REFERENCE_TOKENS_PER_STEP = 524_288
+REFERENCE_GPU_HOURS = 2 * 46
+# Of OpenAI's weights on the validation shard of FineWeb-Edu (build-nanogpt).
+REFERENCE_VAL_LOSS = 3.2924
+MAX_RISE_PERCENT = 5
+# One of four endings is right.
+HELLASWAG_CHANCE = 0.25
+WORD_GROUPS = ("rare", "compound", "technical")
+# Attention kernels that never hold a T x T matrix of scores.
+FUSED_ATTENTION = ("flash", "cudnn", "efficient")
+
+
+def is_above_chance(accuracy: float, stderr: float) -> bool:
+    """Whether an accuracy is more than three standard errors above guessing one of four endings."""
+    return accuracy > HELLASWAG_CHANCE + 3 * stderr
+
+
+def standard_error(accuracy: float, items: int) -> float:
+    """Of the share of right answers among independent items."""
+    return math.sqrt(accuracy * (1 - accuracy) / (items - 1))
+
+
+def rank_correlation(values: Sequence[float]) -> float:
+    """Spearman's correlation of the values with their order; 0 if they are all equal."""
+    ranks = pd.Series(values).rank().to_numpy()
+    if np.ptp(ranks) == 0:
+        return 0.0
+    return float(np.corrcoef(np.arange(len(ranks)), ranks)[0, 1])
+
+
+def rises(accuracies: Sequence[float], items: int) -> bool:
+    """Whether accuracies on the same items rise along training.
+
+    Their rank correlation with time must be positive and the last at least two standard errors of the difference above
+    the first. The items are the same each time, which makes this bound stricter than its name.
+    """
+    first, last = accuracies[0], accuracies[-1]
+    noise = math.hypot(standard_error(first, items), standard_error(last, items))
+    return rank_correlation(accuracies) > 0 and last - first >= 2 * noise
+
+
+def is_smooth(spikes: int, diverged: int, stalled: int) -> bool:
+    """Whether a run had none of the three forms of failure."""
+    return not (spikes or diverged or stalled)
+
+
+def falls(values: Sequence[float]) -> bool:
+    """Whether each value is below the one before it."""
+    return all(after < before for before, after in pairwise(values))
+
+
+def measure_parameters(results: Results) -> Finding:
+    found = results.value("train.n_params")
+    return found == REFERENCE_PARAMS, f"{number(found)} parameters"
+
+
+def measure_corpus(results: Results) -> Finding:
+    source, tokens = results.setting("prepare", "source"), results.value("tokens.tokens_train")
+    return source == "fineweb_edu" and tokens >= 9.5e9, f"{number(tokens)} training tokens from source `{source}`"
+
+
+def measure_split(results: Results) -> Finding:
+    train, val, test = (results.value(f"prepare.documents_{split}") for split in ("train", "val", "test"))
+    total = train + val + test
+    train, val = 100 * train / total, 100 * val / total
+    return 97 <= train <= 99 and 0.5 <= val <= 1.5, f"{train:.2f} % and {val:.2f} % of {number(total)} documents"
+
+
+def measure_held_out(results: Results) -> Finding:
+    found, items = results.value("tokens.benchmark_items_in_train"), results.value("tokens.benchmark_items")
+    return found == 0, f"{number(found)} of {number(items)} items found in training documents"
+
+
+def measure_steps(results: Results) -> Finding:
+    steps, size = results.value("train.steps"), results.value("train.tokens_per_step")
+    holds = steps >= REFERENCE_STEPS and size == REFERENCE_TOKENS_PER_STEP
+    return holds, f"{number(steps)} steps of {number(size)} tokens, {number(results.value('train.epochs'))} epochs"
+
+
+def measure_learning(results: Results) -> Finding:
+    loss, entropy = results.value("train.val_loss"), results.value("train.unigram_entropy")
+    stalled, diverged = results.value("train.stalled"), results.value("train.diverged")
+    measured = f"{number(loss)} nats against {number(entropy)}{', stalled' * stalled}{', diverged' * diverged}"
+    return loss < entropy and not stalled and not diverged, measured
+
+
+def measure_validation_loss(results: Results) -> Finding:
+    loss = results.value("train.val_loss")
+    return loss <= REFERENCE_VAL_LOSS, f"{number(loss)} nats per token on this corpus"
+
+
+def measure_rising(results: Results) -> Finding:
+    accuracies = results.table("train/eval.csv", ["step", "hellaswag_acc_norm"])["hellaswag_acc_norm"].dropna().tolist()
+    if len(accuracies) < 3:
+        # A run that broke off was not too short by design.
+        return False if results.value("train.diverged") else None, f"{len(accuracies)} of the 3 evaluations needed"
+    first, last, correlation = 100 * accuracies[0], 100 * accuracies[-1], rank_correlation(accuracies)
+    measured = f"{first:.2f} to {last:.2f} %, rank correlation {correlation:+.2f}"
+    return rises(accuracies, results.value("train.hellaswag_items")), measured
+
+
+def measure_above_chance(results: Results) -> Finding:
+    accuracy, stderr = (results.value(f"hellaswag.completion_acc_norm{end}") for end in ("", "_stderr"))
+    measured = f"{100 * accuracy:.2f} ± {100 * stderr:.2f} % of {number(results.value('hellaswag.items'))} items"
+    return is_above_chance(accuracy, stderr), measured
+
+
+def measure_shuffling(results: Results) -> Finding:
+    kept, windows = results.value("train.windows_in_same_place"), results.value("train.windows_per_epoch")
+    return (
+        windows > 10 and kept <= 10,
+        f"{number(kept)} of {number(windows)} windows keep their place in the next epoch",
+    )
+
+
+def measure_attention(results: Results) -> Finding:
+    backend = results.value("train.attention_backend")
+    return str(backend).startswith(FUSED_ATTENTION), f"backend `{backend}`"
+
+
+def measure_smoothness(results: Results, norm: str) -> tuple[bool, str]:
+    spikes, diverged, stalled = (
+        results.value(f"norm_study.{norm}_{key}") for key in ("loss_spikes", "diverged", "stalled")
+    )
+    loss = number(results.value(f"norm_study.{norm}_val_loss"))
+    measured = f"{norm}: {number(spikes)} spikes{', diverged' * diverged}{', stalled' * stalled}, {loss} nats"
+    return is_smooth(spikes, diverged, stalled), measured
+
+
+def measure_failure(results: Results) -> Finding:
+    (preln_smooth, preln), (postln_smooth, postln) = (measure_smoothness(results, norm) for norm in ("preln", "postln"))
+    return preln_smooth and not postln_smooth, f"{postln}; {preln}"
+
+
+def measure_similar_heads(results: Results) -> Finding:
+    trained, untrained = results.value("heads.redundant_pairs"), results.value("heads.untrained_redundant_pairs")
+    highest = number(results.value("heads.max_similarity"))
+    return trained > untrained, f"{number(trained)} pairs, untrained {number(untrained)}; highest cosine {highest}"
+
+
+def measure_middle(results: Results) -> Finding:
+    share, layers = results.value("heads.redundant_pairs_middle_percent"), results.value("heads.middle_layers_percent")
+    pairs = number(results.value("heads.redundant_pairs"))
+    return share > max(50, layers), f"{share:.1f} % of {pairs} pairs, in {layers:.1f} % of the layers"
+
+
+def rise_at_15(results: Results, criterion: str) -> float:
+    """Rise of perplexity in percent with 15 % of the heads removed by `criterion`."""
+    prefix = "" if criterion == "redundancy" else f"{criterion}_"
+    return results.value(f"prune.{prefix}perplexity_rise_percent_at_15")
+
+
+def measure_pruning(results: Results, criterion: str) -> Finding:
+    rise = rise_at_15(results, criterion)
+    removed, heads = results.value("prune.heads_removed_at_15"), results.value("heads.heads")
+    return rise < MAX_RISE_PERCENT, f"{rise:+.2f} % for {number(removed)} of {number(heads)} heads"
+
+
+def measure_choice(results: Results) -> Finding:
+    chosen, random = rise_at_15(results, "redundancy"), rise_at_15(results, "random")
+    return chosen < random, f"{chosen:+.2f} % against {random:+.2f} % at random"
+
+
+def read_vocabularies(results: Results) -> pd.DataFrame:
+    """The vocabularies of the tokenizer study, smallest first.
+
+    `own` is False for GPT-2's, which was learned on another corpus and so stands outside the comparison of sizes.
+    """
+    groups = [f"{group}_tokens_per_word" for group in WORD_GROUPS]
+    columns = ["name", "vocab_size", "bytes_per_token", "flops_per_byte", *groups]
+    table = results.table("tokenizer/vocabularies.csv", columns).sort_values("vocab_size", ignore_index=True)
+    return table.assign(own=table["name"] != "gpt2")
+
+
+def measure_vocabularies(results: Results, column: str, rising: bool = False) -> Finding:
+    table = read_vocabularies(results)
+    own = table[table["own"]]
+    values = own[column].tolist()
+    sizes = f"{number(own['vocab_size'].min())} to {number(own['vocab_size'].max())} tokens"
+    measured = f"{', '.join(map(number, values))} from {sizes} of vocabulary"
+    return falls(values[::-1] if rising else values) if len(values) > 1 else None, measured
+
+
+def measure_generation(results: Results) -> Finding:
+    texts = results.texts("generate/samples.csv", ["prompt", "text"])["text"]
+    written = sum(bool(text.strip()) for text in texts)
+    return 0 < written == len(texts), f"{written} of {len(texts)} prompts continued"
+
+
+def measure_gpu_hours(results: Results) -> Finding:
+    speed = results.speed("train")
+    processes, hours = speed["processes"], speed["seconds"] / 3600
+    return 1 < processes <= REFERENCE_GPU_HOURS / hours, f"{number(hours)} h on {number(processes)} processes"

@@ -1,0 +1,80 @@
+"""The whole of params.yaml: every section of every scale, checked at once before a pipeline does any work."""
+
+from gpt2.benchmark import BenchmarkConfig
+from gpt2.dist import HardwareConfig
+from gpt2.files import UserError
+from gpt2.generate import GenerateConfig
+from gpt2.heads import HeadsConfig
+from gpt2.hellaswag import HellaswagConfig
+from gpt2.model import GPTConfig, Norm
+from gpt2.norm_study import NormStudyConfig
+from gpt2.params import PARAMS_FILE, SCALES, Config, active_scale, build, load
+from gpt2.prepare import PrepareConfig
+from gpt2.prune import PruneConfig
+from gpt2.tokenize import TokenizeConfig
+from gpt2.tokenizer import load_encoding
+from gpt2.tokenizer_study import TokenizerStudyConfig
+from gpt2.train import TrainConfig
+
+SECTIONS: dict[str, type[Config]] = {
+    "hardware": HardwareConfig,
+    "prepare": PrepareConfig,
+    "benchmark": BenchmarkConfig,
+    "tokenize": TokenizeConfig,
+    "tokenizer_study": TokenizerStudyConfig,
+    "model": GPTConfig,
+    "norm_study": NormStudyConfig,
+    "train": TrainConfig,
+    "hellaswag": HellaswagConfig,
+    "generate": GenerateConfig,
+    "heads": HeadsConfig,
+    "prune": PruneConfig,
+}
+
+
+class Top(Config):
+    """The keys above the scale blocks."""
+
+    norm: Norm
+
+
+def check(values: dict) -> None:
+    """Check params.yaml as parsed. Raises UserError with a line for every fault of every scale."""
+    faults: list[str] = []
+
+    def attempt(action, *args, **kwargs):
+        try:
+            return action(*args, **kwargs)
+        except UserError as error:
+            faults.append(str(error))
+            return None
+
+    if unknown := sorted(values.keys() - {"norm", "scale", *SCALES}):
+        faults.append(f"{', '.join(unknown)}: not a key of {PARAMS_FILE}; known: norm, scale, {', '.join(SCALES)}")
+    attempt(build, Top, {k: v for k, v in values.items() if k == "norm"}, PARAMS_FILE.name)
+    attempt(active_scale, values)
+    for scale in SCALES:
+        block = values.get(scale)
+        if not isinstance(block, dict):
+            faults.append(f"{scale} must be a block with the sections {', '.join(SECTIONS)}")
+            continue
+        if unknown := sorted(block.keys() - SECTIONS):
+            faults.append(f"{scale}.{', '.join(unknown)}: not a section; known: {', '.join(SECTIONS)}")
+        known = {"model": {"norm": "preln", "vocab_size": 1}}
+        scaled = {**values, "scale": scale}
+        configs = {
+            section: attempt(load, section, cls, scaled, **known.get(section, {})) for section, cls in SECTIONS.items()
+        }
+        _check_together(configs, attempt)
+    if faults:
+        raise UserError("\n" + "\n".join(faults))
+
+
+def _check_together(configs: dict[str, Config | None], attempt) -> None:
+    """Rules that span sections, checked where the sections themselves are sound."""
+    tokenize, train, model, hardware = (configs[name] for name in ("tokenize", "train", "model", "hardware"))
+    if tokenize:
+        attempt(load_encoding, tokenize.encoding)
+    if train and model and hardware:
+        processes = 1 if hardware.nproc == "gpu" else hardware.nproc
+        attempt(train.accumulation, model.block_size, processes)

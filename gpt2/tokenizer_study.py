@@ -1,0 +1,213 @@
+"""How the size of a BPE vocabulary changes the segmentation of words, the length of documents and the cost of training.
+
+Vocabularies are trained on the training split and measured on held-out text (validation and test splits), beside
+GPT-2's own, which was trained on WebText.
+"""
+
+import math
+import time
+from collections import Counter
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tiktoken
+from pydantic import PositiveInt, model_validator
+
+from gpt2.bpe import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, train_encodings
+from gpt2.corpus import read_split
+from gpt2.files import UserError
+from gpt2.params import Config
+from gpt2.tokenizer import load_encoding
+from gpt2.words import GROUPS, WordRules, count_words, group_words, words
+
+# Best correlated with translation quality (Zouhar et al. 2023, "Tokenization and the noiseless channel").
+RENYI_ALPHA = 2.5
+# Shorter words are seldom cut.
+EXAMPLE_MIN_LETTERS = 6
+
+
+class TokenizerStudyConfig(WordRules):
+    """Vocabularies to train, the text they see, and the rules of the word groups."""
+
+    # Tokens of each vocabulary, end-of-text included.
+    vocab_sizes: tuple[int, ...]
+    # Limits on the UTF-8 bytes of whole documents read from the training split, and from each of val and test.
+    train_bytes: PositiveInt
+    held_out_bytes: PositiveInt
+    # Words in the table of examples, divided among the groups.
+    n_examples: PositiveInt
+
+    @model_validator(mode="after")
+    def _sizes_fit(self) -> "TokenizerStudyConfig":
+        sizes = self.vocab_sizes
+        if not sizes or sorted(set(sizes)) != list(sizes):
+            raise ValueError(f"vocab_sizes={list(sizes)} must be increasing, without repeats; sort the list")
+        if sizes[0] < MIN_VOCAB_SIZE:
+            raise ValueError(f"vocab_sizes={sizes[0]} must be at least {MIN_VOCAB_SIZE}: all bytes and end-of-text")
+        if sizes[-1] > MAX_VOCAB_SIZE:
+            raise ValueError(f"vocab_sizes={sizes[-1]} must be at most {MAX_VOCAB_SIZE}: token files are uint16")
+        return self
+
+
+class ModelShape(Config):
+    """Shape of the model whose training cost is counted; section `model` of params.yaml."""
+
+    n_layer: PositiveInt
+    n_head: PositiveInt
+    n_embd: PositiveInt
+    block_size: PositiveInt
+
+
+@dataclass(frozen=True)
+class Study:
+    """Results: flat `metrics`, one row of `vocabularies` per vocabulary, `examples` per word, and measured `speed`."""
+
+    metrics: dict[str, float]
+    vocabularies: list[dict[str, object]]
+    examples: list[dict[str, str]]
+    speed: dict[str, float]
+
+
+def study_vocabularies(config: TokenizerStudyConfig, shape: ModelShape, corpus: Path) -> Study:
+    """Train the vocabularies on `corpus`/train, measure them and GPT-2's on `corpus`/val and test.
+
+    Raises UserError if a split is absent, the training text too small for the vocabularies or a word group empty.
+    """
+    training = take(read_split(corpus, "train"), config.train_bytes)
+    held_out = [text for split in ("val", "test") for text in take(read_split(corpus, split), config.held_out_bytes)]
+    occurrences = Counter(word for text in held_out for word in words(text))
+    groups = group_words(occurrences, count_words(training), config)
+
+    started = time.perf_counter()
+    encodings = train_encodings(training, config.vocab_sizes)
+    speed = {"train_vocabularies_seconds": round(time.perf_counter() - started, 3)}
+    encodings = sorted([*encodings, load_encoding("gpt2")], key=lambda encoding: encoding.n_vocab)
+
+    metrics = {"training_bytes": count_bytes(training), "held_out_bytes": count_bytes(held_out)}
+    metrics |= describe_words(occurrences, groups)
+    rows = []
+    for encoding in encodings:
+        documents, speed[f"{encoding.name}_encode_mb_per_s"] = encode(held_out, encoding)
+        figures = measure_text(documents, count_bytes(held_out), encoding.n_vocab, shape)
+        figures |= measure_words(occurrences, encoding)
+        for name, members in groups.items():
+            figures |= {f"{name}_{key}": value for key, value in measure_words(members, encoding).items()}
+        rows.append({"name": encoding.name, **figures})
+        metrics |= {f"{encoding.name}_{key}": value for key, value in figures.items()}
+    return Study(metrics, rows, segment_examples(groups, encodings, config.n_examples), speed)
+
+
+def encode(texts: Sequence[str], encoding: tiktoken.Encoding) -> tuple[list[list[int]], float]:
+    """Token ids of each text, and the measured speed on one thread in MB/s."""
+    started = time.perf_counter()
+    documents = [encoding.encode_ordinary(text) for text in texts]
+    return documents, round(count_bytes(texts) / 1e6 / (time.perf_counter() - started), 2)
+
+
+def take(texts: Iterable[str], max_bytes: int) -> list[str]:
+    """The first texts that have at most `max_bytes` of UTF-8 together. Raises UserError if that is none."""
+    taken, total = [], 0
+    for text in texts:
+        total += len(text.encode("utf-8"))
+        if total > max_bytes:
+            break
+        taken.append(text)
+    if not taken:
+        raise UserError(f"tokenizer_study: the first document has more than {max_bytes} bytes; raise the limit")
+    return taken
+
+
+def count_bytes(texts: Iterable[str]) -> int:
+    """UTF-8 bytes of all texts."""
+    return sum(len(text.encode("utf-8")) for text in texts)
+
+
+def measure_text(documents: Sequence[Sequence[int]], size: int, vocab_size: int, shape: ModelShape) -> dict[str, float]:
+    """Figures of tokenized documents that have `size` UTF-8 bytes in all.
+
+    documents_in_context_percent: documents of at most block_size tokens. flops_per_byte: to train on one byte of text.
+    """
+    lengths = np.array([len(document) for document in documents])
+    counts = np.bincount(np.concatenate([np.asarray(document, dtype=np.int64) for document in documents]))
+    bytes_per_token = size / int(lengths.sum())
+    return {
+        "vocab_size": vocab_size,
+        "bytes_per_token": bytes_per_token,
+        "tokens_per_document": float(lengths.mean()),
+        "documents_in_context_percent": 100 * float((lengths <= shape.block_size).mean()),
+        "renyi_efficiency": renyi_efficiency(counts, vocab_size),
+        "embedding_params": vocab_size * shape.n_embd,
+        "flops_per_byte": training_flops_per_token(shape, vocab_size) / bytes_per_token,
+    }
+
+
+def renyi_efficiency(counts: np.ndarray, vocab_size: int, alpha: float = RENYI_ALPHA) -> float:
+    """Rényi entropy of order alpha of the token frequencies over that of a uniform vocabulary: 0 … 1.
+
+    log(sum p^alpha) / (1 - alpha) / log(vocab_size), Zouhar et al. 2023. `counts` (V,) are occurrences of each token.
+    """
+    p = counts[counts > 0] / counts.sum()
+    return math.log(float((p**alpha).sum())) / (1 - alpha) / math.log(vocab_size)
+
+
+def training_flops_per_token(shape: ModelShape, vocab_size: int) -> int:
+    """Operations of forward and backward pass: 6 per weight of a matrix product, 12 L C T for attention.
+
+    12 L C^2 weights in the blocks and V C in the output layer (Chowdhery et al. 2022, "PaLM", appendix B).
+    """
+    weights = 12 * shape.n_layer * shape.n_embd**2 + vocab_size * shape.n_embd
+    return 6 * weights + 12 * shape.n_layer * shape.n_embd * shape.block_size
+
+
+def measure_words(occurrences: Mapping[str, int], encoding: tiktoken.Encoding) -> dict[str, float]:
+    """Mean tokens of a word over its occurrences and over distinct written forms (`type`), and words of one token.
+
+    `occurrences` counts words as `words` returns them: the space before a word belongs to it.
+    """
+    lengths = np.array([len(encoding.encode_ordinary(word)) for word in occurrences])
+    weights = np.array(list(occurrences.values()))
+    return {
+        "tokens_per_word": float(np.average(lengths, weights=weights)),
+        "tokens_per_word_type": float(lengths.mean()),
+        "words_kept_whole_percent": 100 * float(np.average(lengths == 1, weights=weights)),
+    }
+
+
+def describe_words(occurrences: Counter[str], groups: Mapping[str, Counter[str]]) -> dict[str, int]:
+    """Held-out occurrences and distinct written forms of all words and of each group."""
+    sizes = {"words": occurrences.total(), "word_types": len(occurrences)}
+    for name, members in groups.items():
+        sizes |= {f"{name}_words": members.total(), f"{name}_word_types": len(members)}
+    return sizes
+
+
+def segment_examples(
+    groups: Mapping[str, Counter[str]], encodings: Sequence[tiktoken.Encoding], n_examples: int
+) -> list[dict[str, str]]:
+    """Segmentations of about `n_examples` words, an equal share of each group, as they stand after a space.
+
+    A group's written forms of at least EXAMPLE_MIN_LETTERS are ordered by falling held-out count and taken at even
+    distances; a form shown for one group is left out of the next.
+    """
+    shown: dict[str, str] = {}
+    for name in GROUPS:
+        counts: Counter[str] = Counter()
+        for word, n in groups[name].items():
+            form = word.lstrip(" ")
+            if len(form) >= EXAMPLE_MIN_LETTERS and form not in shown:
+                counts[form] += n
+        candidates = sorted(counts, key=lambda form: (-counts[form], form))
+        share = min(len(candidates), max(1, n_examples // len(GROUPS)))
+        shown |= {candidates[i * len(candidates) // share]: name for i in range(share)}
+    return [
+        {"word": word, "group": group} | {encoding.name: segment(word, encoding) for encoding in encodings}
+        for word, group in shown.items()
+    ]
+
+
+def segment(word: str, encoding: tiktoken.Encoding) -> str:
+    """The tokens of a word after a space, with bars between: `data|frame`; `|data` if the space is a token alone."""
+    pieces = encoding.decode_tokens_bytes(encoding.encode_ordinary(" " + word))
+    return "|".join(piece.decode("utf-8", errors="backslashreplace") for piece in pieces).removeprefix(" ")

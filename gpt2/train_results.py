@@ -1,0 +1,89 @@
+"""What a training run leaves behind: its identity, its metrics and its speed."""
+
+import math
+
+import torch
+
+from gpt2 import data, loss, model, optim, stability, train
+from gpt2.dist import Dist
+from gpt2.files import read_json
+from gpt2.model import GPT, GPTConfig
+from gpt2.shards import TokenSet
+from gpt2.stability import count_spikes, has_stalled
+from gpt2.train import TrainConfig, TrainResult
+
+# Code and parameters that decide the result. The parameters below change its cost only.
+SOURCES = [module.__file__ for module in (data, loss, model, optim, stability, train)]
+COST_ONLY = {"micro_batch", "compile", "checkpoint_interval", "log_interval"}
+
+# Dense bf16 peak in FLOP/s by part of the device name (vendors' data sheets).
+PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
+
+
+def run_identity(model_config: GPTConfig, config: TrainConfig, tokens: TokenSet) -> dict:
+    """All that a run is: two runs with the same identity and sources have the same result."""
+    return {
+        "model": model_config.model_dump(mode="json"),
+        "train": config.model_dump(mode="json", exclude=COST_ONLY),
+        "tokens": read_json(tokens.path.with_name(f"{tokens.path.name}.json")),
+    }
+
+
+def run_figures(
+    result: TrainResult, config: TrainConfig, trained: GPT, tokens: TokenSet, val: TokenSet, windows_per_epoch: int
+) -> dict[str, float]:
+    """Figures of metrics/train.json. train_loss is the mean over the last log_interval steps."""
+    _, _, val_loss, acc, acc_norm = result.eval_rows[-1]
+    losses = [row[2] for row in result.train_rows] or [val_loss]
+    seen = len(result.train_rows) * config.tokens_per_step
+    return {
+        "n_params": trained.n_params(),
+        "steps": len(result.train_rows),
+        "max_steps": config.max_steps,
+        "tokens_per_step": config.tokens_per_step,
+        "tokens_seen": seen,
+        "epochs": seen / (windows_per_epoch * trained.config.block_size),
+        "windows_per_epoch": windows_per_epoch,
+        "train_loss": sum(losses[-config.log_interval :]) / len(losses[-config.log_interval :]),
+        "val_loss": val_loss,
+        "val_perplexity": math.exp(val_loss),
+        "val_bits_per_byte": val_loss / math.log(2) * val.n_tokens / val.n_bytes,
+        "hellaswag_acc": acc,
+        "hellaswag_acc_norm": acc_norm,
+        "max_grad_norm": max((row[4] for row in result.train_rows), default=0.0),
+        "loss_spikes": count_spikes(losses),
+        "diverged": int(result.diverged_at_step >= 0),
+        "diverged_at_step": result.diverged_at_step,
+        "unigram_entropy": tokens.unigram_entropy,
+        "stalled": int(has_stalled(val_loss, tokens.unigram_entropy)),
+    }
+
+
+def run_speed(result: TrainResult, config: TrainConfig, model_config: GPTConfig, dist: Dist) -> dict[str, float]:
+    """Measured figures of metrics/speed/train.json; `mfu` only where the device's peak is known."""
+    seconds = result.seconds
+    tokens_per_s = result.steps_timed * config.tokens_per_step / max(seconds["step"], 1e-9)
+    total = seconds["step"] + seconds["eval"] + seconds["save"]
+    figures = {
+        "processes": dist.world_size,
+        "tokens_per_s": round(tokens_per_s, 1),
+        "data_wait_percent": round(100 * seconds["data"] / max(seconds["step"], 1e-9), 3),
+        "evaluation_percent": round(100 * seconds["eval"] / max(total, 1e-9), 2),
+        "checkpoint_percent": round(100 * seconds["save"] / max(total, 1e-9), 2),
+    }
+    if dist.device.type == "cuda":
+        figures["peak_gpu_memory_gib"] = round(torch.cuda.max_memory_allocated() / 2**30, 2)
+        name = torch.cuda.get_device_name()
+        for part, peak in PEAK_FLOPS.items():
+            if part in name:
+                achieved = training_flops_per_token(model_config) * tokens_per_s / dist.world_size
+                figures["mfu"] = round(achieved / peak, 4)
+                break
+    return figures
+
+
+def training_flops_per_token(config: GPTConfig) -> float:
+    """6 N + 12 L H Q T (PaLM, Chowdhery et al. 2022, appendix B), N without the position embedding."""
+    channels = config.n_embd
+    matrices = 12 * config.n_layer * channels**2 + config.vocab_size * channels
+    return 6 * matrices + 12 * config.n_layer * channels * config.block_size

@@ -1,0 +1,23 @@
+"""check-params: refuse a params.yaml with any fault, in any section, before the first stage works.
+
+Its output never changes, so a valid edit of params.yaml re-runs this stage and those that read the edited section.
+"""
+
+from pathlib import Path
+
+from gpt2 import params
+from gpt2.files import write_text
+from gpt2.schema import check
+from gpt2.stage import Stage
+
+VALID = Path("data/params.valid")
+
+
+def main() -> None:
+    with Stage("check-params"):
+        check(params.read())
+        write_text(VALID, "params.yaml is valid\n")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,24 @@
+"""generate: sample texts from the trained model, for the report."""
+
+from pathlib import Path
+
+from gpt2.dist import HardwareConfig, setup_device
+from gpt2.files import write_csv
+from gpt2.generate import GenerateConfig, generate_text
+from gpt2.stage import Stage
+from gpt2.weights import load_model
+
+MODEL = Path("models/gpt2")
+SAMPLES = Path("plots/generate/samples.csv")
+
+
+def main() -> None:
+    with Stage("generate") as stage:
+        config = stage.load("generate", GenerateConfig)
+        model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
+        rows = [(prompt, text) for prompt in config.prompts for text in generate_text(model, prompt, config)]
+        write_csv(SAMPLES, ("prompt", "text"), rows)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,37 @@
+"""hellaswag: the trained model on all benchmark items, under both protocols."""
+
+from pathlib import Path
+
+from gpt2.dist import HardwareConfig, setup_device
+from gpt2.evaluate import require_fit
+from gpt2.files import write_csv, write_json
+from gpt2.hellaswag import HellaswagConfig, evaluate_benchmark
+from gpt2.items import PROTOCOLS, load_benchmark
+from gpt2.shards import TokenSet
+from gpt2.stage import Stage
+from gpt2.weights import load_model
+
+MODEL = Path("models/gpt2")
+TOKENS = Path("data/tokens")
+METRICS = Path("metrics/hellaswag.json")
+SCORES = Path("data/hellaswag_scores.csv")
+
+
+def main() -> None:
+    with Stage("hellaswag") as stage:
+        config = stage.load("hellaswag", HellaswagConfig)
+        model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
+        require_fit(model, TokenSet(TOKENS, "val"))
+        benchmark = load_benchmark(TOKENS / "hellaswag.npz")
+        figures: dict[str, float] = {"items": len(benchmark.labels)}
+        columns = {"item": range(len(benchmark.labels)), "label": benchmark.labels.tolist()}
+        for protocol in PROTOCOLS:
+            measured, chosen = evaluate_benchmark(model, benchmark, protocol, config.batch_tokens)
+            figures |= measured
+            columns |= {f"{protocol}_{kind}": choice.tolist() for kind, choice in chosen.items()}
+        write_csv(SCORES, list(columns), zip(*columns.values(), strict=True))
+        write_json(METRICS, figures)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,27 @@
+"""Documents from the chosen source -> data/corpus/{train,val,test}/*.parquet, metrics/prepare.json."""
+
+import logging
+from pathlib import Path
+
+from gpt2.dist import HardwareConfig
+from gpt2.files import write_json
+from gpt2.prepare import PrepareConfig, prepare
+from gpt2.stage import Stage
+
+CORPUS = Path("data/corpus")
+METRICS = Path("metrics/prepare.json")
+log = logging.getLogger(__name__)
+
+
+def main() -> None:
+    """Write the corpus and its figures."""
+    with Stage("prepare") as stage:
+        config = stage.load("prepare", PrepareConfig)
+        workers = stage.load("hardware", HardwareConfig).workers
+        figures = prepare(config, CORPUS, workers)
+        write_json(METRICS, figures)
+        log.info("%d documents, %.1f MB", figures["documents"], figures["bytes"] / 1e6)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,29 @@
+"""report: metrics and curves become report.md, report.html and their figures."""
+
+from pathlib import Path
+
+from gpt2.figures import write_figures
+from gpt2.files import write_text
+from gpt2.markup import to_html
+from gpt2.report import write_report
+from gpt2.results import Results
+from gpt2.stage import Stage
+
+ROOT = Path(".")
+FIGURES = Path("plots/report")
+MARKDOWN = Path("report.md")
+HTML = Path("report.html")
+
+
+def main() -> None:
+    with Stage("report") as stage:
+        scale = stage.top("scale")
+        results = Results(ROOT, norm=stage.top("norm"), scale=scale, settings=stage.top(scale))
+        figures = write_figures(results, FIGURES)
+        text = write_report(results, {name: path.as_posix() for name, path in figures.items()})
+        write_text(MARKDOWN, text)
+        write_text(HTML, to_html(text, "GPT-2 report", ROOT))
+
+
+if __name__ == "__main__":
+    main()

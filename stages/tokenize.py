@@ -1,0 +1,30 @@
+"""tokenize: corpus and benchmark items become token files, once for all later stages."""
+
+from pathlib import Path
+
+from gpt2.dist import HardwareConfig
+from gpt2.files import write_json
+from gpt2.items import read_items, save_benchmark, tokenize_items
+from gpt2.stage import Stage
+from gpt2.tokenize import TokenizeConfig, tokenize_corpus
+from gpt2.tokenizer import load_encoding
+
+CORPUS = Path("data/corpus")
+ITEMS = Path("data/hellaswag.jsonl")
+TOKENS = Path("data/tokens")
+METRICS = Path("metrics/tokens.json")
+
+
+def main() -> None:
+    with Stage("tokenize") as stage:
+        config = stage.load("tokenize", TokenizeConfig)
+        hardware = stage.load("hardware", HardwareConfig)
+        encoding = load_encoding(config.encoding)
+        figures = tokenize_corpus(CORPUS, TOKENS, encoding, config.shard_tokens, hardware.workers)
+        benchmark = tokenize_items(read_items(ITEMS), encoding)
+        save_benchmark(benchmark, TOKENS / "hellaswag.npz")
+        write_json(METRICS, {**figures, "benchmark_items": len(benchmark.labels)})
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,59 @@
+"""train: a GPT-2 from scratch on the tokens, in one process or under torchrun."""
+
+import os
+from contextlib import nullcontext
+from pathlib import Path
+
+from gpt2 import checkpoint
+from gpt2.data import TrainOrder, eval_windows
+from gpt2.dist import Dist, HardwareConfig, distributed
+from gpt2.files import write_csv, write_json
+from gpt2.hellaswag import HellaswagConfig
+from gpt2.items import load_benchmark
+from gpt2.model import GPT, GPTConfig
+from gpt2.shards import TokenSet
+from gpt2.stage import Stage
+from gpt2.train import EVAL_COLUMNS, TRAIN_COLUMNS, Evaluation, TrainConfig, fit
+from gpt2.train_results import SOURCES, run_figures, run_identity, run_speed
+from gpt2.weights import save_model
+
+TOKENS = Path("data/tokens")
+MODEL = Path("models/gpt2")
+CURVES = Path("plots/train")
+METRICS = Path("metrics/train.json")
+
+
+def train(stage: Stage, dist: Dist) -> None:
+    """Train in this process and, in process 0, write the outputs."""
+    config = stage.load("train", TrainConfig)
+    tokens, val = TokenSet(TOKENS, "train"), TokenSet(TOKENS, "val")
+    shape = stage.load("model", GPTConfig, norm=stage.top("norm"), vocab_size=tokens.vocabulary.vocab_size)
+    order = TrainOrder(tokens, shape.block_size, config.batch_windows(shape.block_size), config.seed)
+    evaluation = Evaluation(
+        eval_windows(val, shape.block_size, config.eval_tokens),
+        load_benchmark(TOKENS / "hellaswag.npz").first(config.eval_items),
+        config.micro_batch,
+        stage.load("hellaswag", HellaswagConfig).batch_tokens,
+        config.precision,
+    )
+    model = GPT(shape, config.seed).to(dist.device)
+    scratch = checkpoint.scratch_folder("train", run_identity(shape, config, tokens), SOURCES)
+    with checkpoint.locked(scratch) if dist.is_main else nullcontext():
+        result = fit(model, config, order, evaluation, dist, scratch)
+        if dist.is_main:
+            write_csv(CURVES / "train.csv", TRAIN_COLUMNS, result.train_rows)
+            write_csv(CURVES / "eval.csv", EVAL_COLUMNS, result.eval_rows)
+            write_json(METRICS, run_figures(result, config, model, tokens, val, order.windows_per_epoch))
+            save_model(model, MODEL)
+            stage.timed |= run_speed(result, config, shape, dist)
+            checkpoint.drop(scratch)
+
+
+def main() -> None:
+    main_process = int(os.environ.get("RANK", 0)) == 0
+    with Stage("train", main_process) as stage, distributed(stage.load("hardware", HardwareConfig)) as dist:
+        train(stage, dist)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,70 @@
+"""A small model with distinct heads, and a folder in which the stages that analyse a trained model can run."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from gpt2.model import GPT, GPTConfig
+from gpt2.shards import Vocabulary, write_split
+from gpt2.weights import save_model
+
+VOCAB_SIZE, BLOCK_SIZE = 97, 24
+SECTIONS = {
+    "hardware": {"nproc": 1, "threads": 1, "workers": 1},
+    "heads": {"n_tokens": 200, "batch_size": 3, "threshold": 0.85, "seed": 7},
+    "prune": {
+        "shares": [0.1, 0.5],
+        "random_seeds": [0, 1],
+        "scoring_tokens": 100,
+        "eval_tokens": 200,
+        "batch_size": 3,
+        "limit_percent": 5.0,
+    },
+}
+
+
+def make_model(norm: str = "preln", n_layer: int = 3, n_head: int = 4, heads: tuple[int, ...] | None = None) -> GPT:
+    """A model whose attention is far from uniform and whose biases are not zero."""
+    config = GPTConfig(
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=32,
+        block_size=BLOCK_SIZE,
+        vocab_size=VOCAB_SIZE,
+        norm=norm,
+        heads=heads,
+    )
+    model = GPT(config, seed=3).eval()
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for block in model.h:
+            for linear in (block.attn.c_attn, block.attn.c_proj):
+                linear.weight.normal_(std=0.3, generator=generator)
+                linear.bias.normal_(std=0.1, generator=generator)
+    return model
+
+
+def make_windows(n: int, seed: int = 5) -> torch.Tensor:
+    """Random token ids (n, BLOCK_SIZE + 1)."""
+    return torch.randint(VOCAB_SIZE, (n, BLOCK_SIZE + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def prepare_folder(folder: Path, model: GPT, n_tokens: int = 500, **changed: dict) -> None:
+    """Write the model, random tokens of the splits val and test, and a params.yaml with `changed` keys of sections."""
+    save_model(model, folder / "models" / "gpt2")
+    vocabulary = Vocabulary(encoding="gpt2", vocab_size=VOCAB_SIZE, eot_token=0)
+    for seed, split in enumerate(("val", "test")):
+        ids = np.random.default_rng(seed).integers(1, VOCAB_SIZE, n_tokens).astype(np.uint16)
+        write_split(folder / "data" / "tokens", split, [(ids, 4 * n_tokens)], vocabulary, shard_tokens=200)
+    sections = {name: {**section, **changed.get(name, {})} for name, section in SECTIONS.items()}
+    # JSON is YAML.
+    (folder / "params.yaml").write_text(json.dumps({"norm": model.config.norm, "scale": "tiny", "tiny": sections}))
+
+
+def read_outputs(folder: Path) -> dict[str, bytes]:
+    """Bytes of every output that must be reproducible, by path."""
+    paths = [path for root in ("data", "metrics", "models", "plots") for path in (folder / root).rglob("*")]
+    timed = folder / "metrics" / "speed"
+    return {str(path): path.read_bytes() for path in paths if path.is_file() and path.parent != timed}

@@ -1,0 +1,197 @@
+"""A run that never was: the metrics and curves of all stages, for the tests of the report."""
+
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+from gpt2.files import write_csv, write_json
+from gpt2.report import TIMED_STAGES
+from gpt2.results import Results
+
+NORMS = ("preln", "postln", "deepnorm")
+CRITERIA = ("redundancy", "taylor", "magnitude", "random")
+VOCABULARIES = {"bpe_1024": 1024, "bpe_4096": 4096, "bpe_16384": 16384, "gpt2": 50257}
+
+
+def invent_run(root: Path, scale: str = "tiny", norm: str = "preln", n_layer: int = 4, n_head: int = 8) -> Results:
+    """Write what all stages leave behind: a run in which every claim holds that the scale can test."""
+    settings = {
+        "prepare": {"source": "fineweb_edu" if scale == "full" else "docs"},
+        "model": {"n_layer": n_layer, "n_head": n_head, "n_embd": 16 * n_head, "block_size": 256},
+        "train": {"max_steps": 250, "max_lr": 0.001},
+    }
+    write_json(root / "params.yaml", {"norm": norm, "scale": scale, scale: settings})
+    _invent_training(root)
+    _invent_norm_study(root)
+    _invent_tokenizer_study(root)
+    _invent_heads(root, n_layer, n_head)
+    _invent_pruning(root, n_layer * n_head)
+    for stage in TIMED_STAGES:
+        write_json(root / f"metrics/speed/{stage}.json", {"seconds": 60.5, "peak_memory_gib": 0.75})
+    write_json(
+        root / "metrics/speed/train.json",
+        {"seconds": 12 * 3600, "peak_memory_gib": 1.5, "processes": 2, "tokens_per_s": 412_345.6},
+    )
+    return Results(root, norm, scale, settings)
+
+
+def _invent_training(root: Path) -> None:
+    rng = np.random.default_rng(0)
+    steps, tokens_per_step = 250, 4096
+    losses = 4.5 + 6.3 * np.exp(-np.arange(1, steps + 1) / 40) + rng.normal(0, 0.08, steps)
+    rows = [(s + 1, (s + 1) * tokens_per_step, losses[s], 1e-3, 0.8 + 3 / (s + 1)) for s in range(steps)]
+    write_csv(root / "plots/train/train.csv", ("step", "tokens", "loss", "lr", "grad_norm"), rows)
+    evaluations = [
+        (s, s * tokens_per_step, 4.6 + 6.2 * math.exp(-s / 40), 0.24 + 0.0002 * s, 0.25 + 0.0006 * s)
+        for s in range(0, steps + 1, 50)
+    ]
+    columns = ("step", "tokens", "val_loss", "hellaswag_acc", "hellaswag_acc_norm")
+    write_csv(root / "plots/train/eval.csv", columns, evaluations)
+    write_csv(
+        root / "plots/generate/samples.csv",
+        ("prompt", "text"),
+        [("The array", 'is a <b>view</b> of | `x_y` *and*\n# "more"'), ("Return", "None"), ("A", "b")],
+    )
+    train = {
+        "n_params": 124_439_808, "steps": 95_365, "max_steps": 95_365, "tokens_per_step": 524_288, "epochs": 5.0,
+        "tokens_seen": 49_999_000_000, "val_loss": 3.28, "val_perplexity": 26.6, "val_bits_per_byte": 1.01,
+        "unigram_entropy": 7.1, "max_grad_norm": 3.8, "loss_spikes": 0, "diverged": 0, "diverged_at_step": -1,
+        "stalled": 0, "hellaswag_items": 2000, "windows_per_epoch": 900, "windows_in_same_place": 1,
+        "attention_backend": "flash",
+    }  # fmt: skip
+    write_json(root / "metrics/train.json", train)
+    scores = {"completion_acc": 0.28, "completion_acc_norm": 0.30, "harness_acc": 0.28, "harness_acc_norm": 0.31}
+    stderrs = {f"{key}_stderr": 0.0046 for key in scores}
+    write_json(root / "metrics/hellaswag.json", {"items": 10_042, **scores, **stderrs})
+    documents = {"documents_train": 9800, "documents_val": 100, "documents_test": 100}
+    write_json(root / "metrics/prepare.json", documents)
+    tokens = {
+        "vocab_size": 50257,
+        "tokens_train": 9_800_000_000,
+        "benchmark_items": 2000,
+        "benchmark_items_in_train": 0,
+    }
+    write_json(root / "metrics/tokens.json", tokens)
+
+
+def _invent_norm_study(root: Path) -> None:
+    rng = np.random.default_rng(1)
+    curves = {norm: 4 + 5 * np.exp(-np.arange(120) / 30) + rng.normal(0, 0.05, 120) for norm in NORMS}
+    curves["postln"][60:] = 6.9 + rng.normal(0, 0.05, 60)
+    for name, factor in (("loss", 1), ("grad_norm", 0.3)):
+        rows = [(s + 1, *(factor * curves[norm][s] for norm in NORMS)) for s in range(120)]
+        write_csv(root / f"plots/norm_study/{name}.csv", ("step", *NORMS), rows)
+    columns = ("norm", "max_lr", "warmup_steps", "seed", "val_loss", "loss_spikes", "diverged", "diverged_at_step",
+               "stalled", "max_grad_norm")  # fmt: skip
+    runs = [
+        (norm, lr, 10, 0, curves[norm][-1], 0, 0, -1, int(norm == "postln"), 5.5)
+        for norm in NORMS
+        for lr in (1e-3, 3e-3)
+    ]
+    write_csv(root / "plots/norm_study/runs.csv", columns, runs)
+    metrics = {"unigram_entropy": 6.8, "runs": len(runs)}
+    for norm in NORMS:
+        metrics |= {f"{norm}_val_loss": float(curves[norm][-1]), f"{norm}_loss_spikes": 0, f"{norm}_diverged": 0}
+        metrics |= {f"{norm}_diverged_at_step": -1, f"{norm}_stalled": int(norm == "postln")}
+    write_json(root / "metrics/norm_study.json", metrics)
+
+
+def _invent_tokenizer_study(root: Path) -> None:
+    groups = ("rare", "compound", "technical")
+    columns = ("name", "vocab_size", "bytes_per_token", "flops_per_byte", *(f"{g}_tokens_per_word" for g in groups))
+    rows = [
+        (name, size, 0.4 * math.log(size), 4e6 - 300 * size / 10, *(c - 0.25 * math.log(size) for c in (5.1, 4.4, 4.8)))
+        for name, size in VOCABULARIES.items()
+    ]
+    write_csv(root / "plots/tokenizer/vocabularies.csv", columns, rows)
+    examples = [
+        ("nan", "rare", *["nan"] * len(VOCABULARIES)),
+        ("dataframe", "compound", *["data|frame"] * len(VOCABULARIES)),
+        ("a_b`c<d>", "technical", *["a|_b`|c<d>"] * len(VOCABULARIES)),
+    ]
+    write_csv(root / "plots/tokenizer/examples.csv", ("word", "group", *VOCABULARIES), examples)
+
+
+def _invent_heads(root: Path, n_layer: int, n_head: int) -> None:
+    rng = np.random.default_rng(2)
+    names = [f"l{layer}h{head}" for layer in range(n_layer) for head in range(n_head)]
+    vectors = rng.normal(0, 1, (len(names), 6)) + 1.2
+    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+    matrix = np.abs(vectors @ vectors.T)
+    write_csv(
+        root / "plots/head_similarity/matrix.csv",
+        ["head", *names],
+        [[n, *r] for n, r in zip(names, matrix.tolist(), strict=True)],
+    )
+    columns = ("layer", "max_similarity", "mean_similarity", "mean_nosink", "untrained_mean", "redundant_pairs")
+    rows = [(layer, 0.95 - 0.02 * layer, 0.6, 0.3, 0.45, 2) for layer in range(n_layer)]
+    write_csv(root / "plots/head_similarity/layers.csv", columns, rows)
+    columns = ("layer", "head_a", "head_b", "similarity", "nosink", "output", "written")
+    write_csv(
+        root / "plots/head_similarity/pairs.csv",
+        columns,
+        [(1, 0, 3, 0.97, 0.9, 0.5, 0.1), (2, 1, 2, 0.9, 0.9, 0.5, 0.1)],
+    )
+    metrics = {
+        "heads": n_layer * n_head, "threshold": 0.85, "redundant_pairs": 8, "redundant_heads": 11,
+        "max_similarity": 0.95, "mean_similarity": 0.6, "untrained_mean_similarity": 0.45,
+        "untrained_redundant_pairs": 2, "redundant_pairs_middle_percent": 75.0, "middle_layers_percent": 50.0,
+    }  # fmt: skip
+    write_json(root / "metrics/heads.json", metrics)
+
+
+def _invent_pruning(root: Path, n_heads: int) -> None:
+    columns = ("heads_removed", "heads_removed_percent", *CRITERIA, "random_low", "random_high",
+               "params", "flops_per_token", "kv_cache_bytes_per_token")  # fmt: skip
+    rows = []
+    for removed in range(0, n_heads, max(1, n_heads // 16)):
+        share = removed / n_heads
+        rises = [30 * math.exp(power * share) for power in (1.0, 0.8, 2.5, 1.5, 1.1, 2.2)]
+        rows.append((removed, 100 * share, *rises, 10**6 - 1000 * removed, 10**7 - 9000 * removed, 8192 - 64 * removed))
+    write_csv(root / "plots/prune/frontier.csv", columns, rows)
+    metrics = {"baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0]}
+    for criterion, rise in zip(CRITERIA, (3.1, 2.2, 4.4, 4.9), strict=True):
+        prefix = "" if criterion == "redundancy" else f"{criterion}_"
+        metrics |= {f"{prefix}perplexity_rise_percent_at_15": rise, f"{prefix}max_pruned_percent_below_5": 18.75}
+    write_json(root / "metrics/prune.json", metrics)
+
+
+def set_metric(root: Path, name: str, value: float | str) -> None:
+    """Change the metric file.key."""
+    stem, key = name.split(".")
+    path = root / "metrics" / f"{stem}.json"
+    write_json(path, {**json.loads(path.read_text()), key: value})
+
+
+def write_evaluations(root: Path, rows: list[tuple]) -> None:
+    """Replace the evaluations of the run."""
+    write_csv(
+        root / "plots/train/eval.csv", ("step", "tokens", "val_loss", "hellaswag_acc", "hellaswag_acc_norm"), rows
+    )
+
+
+def break_off(root: Path) -> None:
+    """Let the run diverge in its third step, before a second evaluation, and Post-LN in step 40 of the norm study."""
+    columns = ("step", "tokens", "loss", "lr", "grad_norm")
+    rows = [(1, 4096, 10.8, 1e-3, 2.0), (2, 8192, 2e6, 1e-3, 1e9), (3, 12288, math.nan, 1e-3, math.inf)]
+    write_csv(root / "plots/train/train.csv", columns, rows)
+    write_evaluations(root, [(0, 0, 10.9, 0.24, 0.25)])
+    for key, value in {"diverged": 1, "diverged_at_step": 3, "tokens_per_step": 4096, "val_loss": 10.9}.items():
+        set_metric(root, f"train.{key}", value)
+    folder = root / "plots/norm_study"
+    runs = pd.read_csv(folder / "runs.csv")
+    runs.loc[runs["norm"] == "postln", ["val_loss", "diverged", "diverged_at_step"]] = [math.nan, 1, 40]
+    runs.to_csv(folder / "runs.csv", index=False)
+    for name in ("loss", "grad_norm"):
+        curve = pd.read_csv(folder / f"{name}.csv")
+        curve.loc[40:, "postln"] = math.nan
+        curve.to_csv(folder / f"{name}.csv", index=False)
+
+
+def load_weights(root: Path) -> None:
+    """Let the run have trained nothing, as with weights from elsewhere."""
+    write_csv(root / "plots/train/train.csv", ("step", "tokens", "loss", "lr", "grad_norm"), [])
+    write_evaluations(root, [(0, 0, 3.3, 0.28, 0.29)])

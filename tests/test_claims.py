@@ -1,0 +1,127 @@
+"""Verdicts turn where a figure crosses its bound, and only there."""
+
+import pytest
+
+from gpt2.claims import CLAIMS, TIMED_CLAIM, Row, judge
+from gpt2.files import write_csv
+from gpt2.measures import rank_correlation, rises
+from gpt2.results import Results
+from tests.invented_run import break_off, invent_run, set_metric, write_evaluations
+
+
+def find_row(results: Results, sentence: str) -> Row:
+    """The judged claim whose sentence holds the words."""
+    (claim,) = [claim for claim in (*CLAIMS, TIMED_CLAIM) if sentence in claim.sentence]
+    return judge(claim, results)
+
+
+def test_every_claim_passes_where_every_figure_holds(tmp_path):
+    results = invent_run(tmp_path, scale="full")
+    rows = [judge(claim, results) for claim in (*CLAIMS, TIMED_CLAIM)]
+    assert [row.claim.sentence for row in rows if row.verdict != "passed"] == []
+
+
+@pytest.mark.parametrize(
+    ("sentence", "metric", "holds", "breaks"),
+    [
+        ("124M parameters", "train.n_params", 124_439_808, 124_439_809),
+        ("FineWeb-Edu-10B", "tokens.tokens_train", 9_500_000_000, 9_499_999_999),
+        ("1 % validate", "prepare.documents_val", 150, 156),
+        ("held out", "tokens.benchmark_items_in_train", 0, 1),
+        ("95,365 steps", "train.steps", 95_365, 95_364),
+        ("95,365 steps", "train.tokens_per_step", 524_288, 491_520),
+        ("converges", "train.val_loss", 7.09, 7.1),
+        ("converges", "train.stalled", 0, 1),
+        ("converges", "train.diverged", 0, 1),
+        ("Reproduces", "train.val_loss", 3.2924, 3.2925),
+        ("above chance", "hellaswag.completion_acc_norm", 0.2639, 0.2638),
+        ("above chance", "hellaswag.completion_acc_norm_stderr", 0.016, 0.017),
+        ("shuffled anew", "train.windows_in_same_place", 10, 11),
+        ("FlashAttention", "train.attention_backend", "flash_cpu", "math"),
+        ("Pre-LN trains", "norm_study.preln_loss_spikes", 0, 1),
+        ("Pre-LN trains", "norm_study.preln_stalled", 0, 1),
+        ("Post-LN", "norm_study.postln_stalled", 1, 0),
+        ("Post-LN", "norm_study.preln_diverged", 0, 1),
+        ("over 0.85", "heads.redundant_pairs", 3, 2),
+        ("over 0.85", "heads.untrained_redundant_pairs", 7, 8),
+        ("middle layers", "heads.redundant_pairs_middle_percent", 50.1, 50.0),
+        ("middle layers", "heads.middle_layers_percent", 60.0, 75.0),
+        ("chosen by redundancy", "prune.perplexity_rise_percent_at_15", 4.99, 5.0),
+        ("chosen by taylor", "prune.taylor_perplexity_rise_percent_at_15", 4.99, 5.0),
+        ("chosen by magnitude", "prune.magnitude_perplexity_rise_percent_at_15", 4.99, 5.0),
+        ("which heads to remove", "prune.random_perplexity_rise_percent_at_15", 3.2, 3.1),
+        ("DDP", "speed/train.seconds", 46 * 3600, 46 * 3600 + 1),
+        ("DDP", "speed/train.processes", 2, 1),
+    ],
+)  # fmt: skip
+def test_a_verdict_turns_where_its_figure_crosses_the_bound(tmp_path, sentence, metric, holds, breaks):
+    results = invent_run(tmp_path, scale="full")
+    for value, verdict in ((holds, "passed"), (breaks, "failed")):
+        set_metric(tmp_path, metric, value)
+        assert find_row(results, sentence).verdict == verdict
+
+
+@pytest.mark.parametrize(
+    "column", ["rare_tokens_per_word", "technical_tokens_per_word", "flops_per_byte", "bytes_per_token"]
+)
+def test_a_vocabulary_claim_fails_on_one_step_in_the_wrong_direction(tmp_path, column):
+    results = invent_run(tmp_path)
+    claim = next(claim for claim in CLAIMS if f"`{column}`" in claim.rule)
+    assert judge(claim, results).verdict == "passed"
+    frame = results.table("tokenizer/vocabularies.csv", [])
+    frame.loc[1, column] = frame.loc[0, column]
+    frame.to_csv(tmp_path / "plots/tokenizer/vocabularies.csv", index=False)
+    assert judge(claim, results).verdict == "failed"
+
+
+def test_gpt2s_own_vocabulary_does_not_decide_a_vocabulary_claim(tmp_path):
+    results = invent_run(tmp_path)
+    frame = results.table("tokenizer/vocabularies.csv", [])
+    frame.loc[frame["name"] == "gpt2", "bytes_per_token"] = 0.1
+    frame.to_csv(tmp_path / "plots/tokenizer/vocabularies.csv", index=False)
+    assert find_row(results, "shortens sequences").verdict == "passed"
+
+
+@pytest.mark.parametrize(
+    ("accuracies", "verdict"),
+    [
+        ([0.25, 0.28, 0.31], "passed"),
+        ([0.25, 0.40, 0.26], "failed"),  # ends where it began
+        ([0.25, 0.26, 0.27], "failed"),  # by less than two standard errors
+        ([0.31, 0.28, 0.25], "failed"),
+        ([0.25, 0.31], "untested"),
+    ],
+)
+def test_accuracy_rises_only_beyond_its_noise(tmp_path, accuracies, verdict):
+    results = invent_run(tmp_path)
+    write_evaluations(tmp_path, [(i, 4096 * i, 5.0, 0.25, value) for i, value in enumerate(accuracies)])
+    assert find_row(results, "rises along training").verdict == verdict
+
+
+def test_a_run_that_broke_off_does_not_rise(tmp_path):
+    results = invent_run(tmp_path)
+    break_off(tmp_path)
+    assert find_row(results, "rises along training").verdict == "failed"
+
+
+def test_more_items_make_the_same_rise_significant():
+    assert rises([0.25, 0.26, 0.27], items=10_042) and not rises([0.25, 0.26, 0.27], items=1000)
+
+
+def test_rank_correlation_is_one_minus_one_and_zero_at_its_ends():
+    assert rank_correlation([1, 2, 5]) == pytest.approx(1)
+    assert rank_correlation([5, 2, 1]) == pytest.approx(-1)
+    assert rank_correlation([2, 2, 2]) == 0
+
+
+def test_an_empty_sample_fails_text_generation(tmp_path):
+    results = invent_run(tmp_path)
+    write_csv(tmp_path / "plots/generate/samples.csv", ("prompt", "text"), [("A", "b"), ("C", " ")])
+    assert find_row(results, "generates text").verdict == "failed"
+
+
+def test_a_small_scale_leaves_the_claims_of_the_full_run_untested_but_measured(tmp_path):
+    results = invent_run(tmp_path, scale="tiny")
+    set_metric(tmp_path, "train.steps", 250)
+    row = find_row(results, "95,365 steps")
+    assert row.verdict == "untested" and "250 steps" in row.measured and "needs scale full" in row.measured

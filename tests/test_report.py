@@ -1,0 +1,133 @@
+"""The report of an invented run: missing figures are named, tables are whole, and the page stands alone."""
+
+import json
+import math
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from gpt2.figures import FIGURES
+from gpt2.files import UserError, write_csv, write_json
+from gpt2.markup import literal, number, table, to_html
+from gpt2.report import write_report
+from gpt2.results import stage_of
+from stages import report
+from tests.invented_run import break_off, invent_run, load_weights, set_metric
+
+LINKS = {name: f"plots/report/{name}.png" for name in FIGURES}
+
+
+@pytest.mark.parametrize(
+    ("missing", "stage"),
+    [
+        ("train.val_loss", "train"),
+        ("heads.redundant_pairs", "head-similarity"),
+        ("norm_study.postln_stalled", "norm-study"),
+    ],
+)
+def test_a_missing_metric_is_named_with_file_key_and_stage(tmp_path, missing, stage):
+    results = invent_run(tmp_path)
+    stem, key = missing.split(".")
+    path = tmp_path / "metrics" / f"{stem}.json"
+    write_json(path, {name: value for name, value in json.loads(path.read_text()).items() if name != key})
+    with pytest.raises(UserError, match=rf"metrics/{stem}.json lacks the key {key}.*{stage}"):
+        write_report(results, LINKS)
+
+
+def test_missing_files_columns_and_rows_are_named(tmp_path):
+    results = invent_run(tmp_path)
+    write_csv(tmp_path / "plots/prune/frontier.csv", ("heads_removed",), [])
+    with pytest.raises(UserError, match=r"plots/prune/frontier.csv lacks the column params"):
+        write_report(results, LINKS)
+    (tmp_path / "plots/head_similarity/layers.csv").unlink()
+    with pytest.raises(UserError, match=r"plots/head_similarity/layers.csv does not exist.*head-similarity"):
+        write_report(results, LINKS)
+    (tmp_path / "metrics/tokens.json").unlink()
+    with pytest.raises(UserError, match=r"metrics/tokens.json does not exist"):
+        write_report(results, LINKS)
+    write_csv(tmp_path / "plots/train/eval.csv", ("tokens", "val_loss"), [])
+    with pytest.raises(UserError, match=r"plots/train/eval.csv has no rows"):
+        results.table("train/eval.csv", ["val_loss"])
+
+
+def test_stages_are_named_as_in_the_pipeline():
+    assert stage_of(Path("metrics/tokens.json")) == "tokenize"
+    assert stage_of(Path("plots/tokenizer/examples.csv")) == "tokenizer-study"
+    assert stage_of(Path("plots/head_similarity/pairs.csv")) == "head-similarity"
+
+
+def test_every_markdown_table_has_as_many_cells_in_each_row_as_in_its_head(tmp_path):
+    lines = write_report(invent_run(tmp_path), LINKS).splitlines()
+    width, n_tables = 0, 0
+    for line, below in zip(lines, [*lines[1:], ""], strict=True):
+        if not line.startswith("|"):
+            width = 0
+            continue
+        if re.fullmatch(r"\|( :?--:? \|)+", below):
+            width, n_tables = line.count("|"), n_tables + 1
+        assert line.count("|") == width
+    assert n_tables == 11
+
+
+def test_the_stage_writes_a_page_that_stands_alone(tmp_path, monkeypatch):
+    invent_run(tmp_path)
+    monkeypatch.chdir(tmp_path)
+    report.main()
+    page = (tmp_path / "report.html").read_text(encoding="utf-8")
+    assert page.count('src="data:image/png;base64,') == len(FIGURES)
+    assert not re.findall(r'(?:src|href)="(?!data:)', page) and "url(" not in page and "@import" not in page
+    assert "<b>" not in page and "&#60;b&#62;view" in page
+    assert '<td style="text-align: left;">nan</td>' in page
+    text = (tmp_path / "report.md").read_text(encoding="utf-8")
+    assert all((tmp_path / link).is_file() for link in re.findall(r"!\[[^]]+\]\(([^)]+)\)", text))
+    assert json.loads((tmp_path / "metrics/speed/report.json").read_text())["seconds"] > 0
+
+
+def test_all_but_the_last_section_is_free_of_measured_times(tmp_path):
+    results = invent_run(tmp_path)
+    before = write_report(results, LINKS).split("## Measured times")
+    set_metric(tmp_path, "speed/train.seconds", 1234.5)
+    after = write_report(results, LINKS).split("## Measured times")
+    assert before[0] == after[0] and before[1] != after[1]
+
+
+def test_a_diverged_run_is_told(tmp_path):
+    results = invent_run(tmp_path, norm="postln")
+    break_off(tmp_path)
+    text = write_report(results, LINKS)
+    assert "norm `postln`" in text and "10.90 nats against 7.100, diverged" in text
+    assert "| postln | 0.001 | 10 | 0 | n/a | 0 | 40 |" in text
+    assert "HellaSwag accuracy rises along training | 1 of the 3 evaluations needed" in text
+
+
+def test_loaded_weights_are_told_from_trained_ones(tmp_path):
+    results = invent_run(tmp_path)
+    assert "trained from scratch" in write_report(results, LINKS)
+    load_weights(tmp_path)
+    results.settings["train"]["init_from"] = "models/openai"
+    assert "loaded from `models/openai`" in write_report(results, LINKS)
+
+
+def test_the_report_is_made_without_torch():
+    code = "import sys, stages.report; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("value", "text"),
+    [(124_439_808, "124,439,808"), (3.29243, "3.292"), (12345.6, "12,346"), (0.25, "0.2500"), (0.0003, "3.0e-04"),
+     (0.0, "0"), (math.nan, "n/a"), (-71.234, "-71.23"), (np.int64(1024), "1,024")],
+)  # fmt: skip
+def test_numbers_are_written_for_people(value, text):
+    assert number(value) == text
+
+
+def test_cells_and_literal_text_cannot_break_out():
+    assert table(("a", "b"), [("x|y", "1\n2")], "lr").splitlines()[2] == "| x&#124;y | 1 2 |"
+    page = to_html(literal("*no* _emphasis_ <script>alert(1)</script> [link](http://x) `code`"), "t", Path("."))
+    body = page.split("<body>")[1]
+    assert not re.search("<(em|script|a|code)", body)
