@@ -1,9 +1,7 @@
 """The multiple-choice benchmark: HellaSwag itself, or items of its form made from held-out documents."""
 
-import gzip
 import json
 import re
-import zlib
 from collections.abc import Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -14,7 +12,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 
 from gpt2.corpus import read_split
 from gpt2.files import UserError, write_text
-from gpt2.items import ENDINGS
+from gpt2.items import ENDINGS, check_item, read_items
 from gpt2.params import Config
 from gpt2.sources import READ_ERRORS, open_hub
 
@@ -23,7 +21,6 @@ MIN_ITEMS = 100
 # Passages gathered for each item wanted, a limit on memory with a large corpus.
 PASSAGES_PER_ITEM = 4
 LONGEST_WORD = 30
-TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 
 
 class BenchmarkConfig(Config):
@@ -62,7 +59,7 @@ def make_items(config: BenchmarkConfig, corpus: Path) -> list[dict]:
     if config.source == "heldout":
         return heldout_items(read_split(corpus, "test"), config)
     if config.source == "file":
-        return list(read_hellaswag(config.path))[: config.items]
+        return list(read_items(config.path))[: config.items]
     return list(islice(_read_hub(config), config.items))
 
 
@@ -156,54 +153,14 @@ def _item(ind: int, context: str, endings: list[str], label: int) -> dict:
     }
 
 
-def read_hellaswag(path: Path) -> Iterator[dict]:
-    """Yield validated items of a JSONL or gzipped JSONL file. Raises UserError naming file, line and rule."""
-    opener = gzip.open if path.name.endswith(".gz") else open
-    number = 0
-    try:
-        with opener(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                yield _checked(json.loads(line), f"{path}, line {number}")
-    except FileNotFoundError as error:
-        raise UserError(f"benchmark.path = {str(path)!r} does not exist; set it to a HellaSwag JSONL file") from error
-    except UserError:
-        raise
-    except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}, line {number}: not UTF-8 JSON lines ({error}); fetch the file again") from error
-
-
 def _read_hub(config: BenchmarkConfig) -> Iterator[dict]:
     remedy = "set benchmark.source to file and benchmark.path to a local copy, or to heldout"
     rows = open_hub(config.dataset, None, config.revision, "validation", remedy)
     try:
         for number, row in enumerate(rows, start=1):
             # The hub's copy holds the label as a string.
-            yield _checked({**row, "label": int(row.get("label", -1))}, f"{config.dataset}, row {number}")
+            yield check_item({**row, "label": int(row.get("label", -1))}, f"{config.dataset}, row {number}")
     except UserError:
         raise
     except READ_ERRORS as error:
         raise UserError(f"{config.dataset}: reading stopped ({error}); {remedy}") from error
-
-
-def _checked(item: object, place: str) -> dict:
-    """The fields of a HellaSwag item, in order, without any others. Raises UserError naming place and rule."""
-    if not isinstance(item, dict):
-        raise UserError(f"{place}: a line must hold a JSON object, not {type(item).__name__}")
-    if missing := [field for field in ("ind", *TEXT_FIELDS, "endings", "label") if field not in item]:
-        raise UserError(f"{place} lacks {', '.join(missing)}; a HellaSwag item has them")
-    for field in TEXT_FIELDS:
-        if not isinstance(item[field], str):
-            raise UserError(f"{place}: {field} = {item[field]!r} must be a string")
-    if not item["ctx"].strip():
-        raise UserError(f"{place}: ctx must not be empty")
-    endings = item["endings"]
-    if not isinstance(endings, list) or not all(isinstance(ending, str) and ending.strip() for ending in endings):
-        raise UserError(f"{place}: endings = {endings!r} must be a list of strings that are not empty")
-    if len(endings) != ENDINGS:
-        raise UserError(f"{place}: endings has {len(endings)} entries; a HellaSwag item has {ENDINGS}")
-    for field, limit in (("ind", None), ("label", ENDINGS)):
-        value = item[field]
-        if type(value) is not int or value < 0 or (limit is not None and value >= limit):
-            rule = f"a whole number from 0 to {limit - 1}" if limit else "a whole number from 0"
-            raise UserError(f"{place}: {field} = {value!r} must be {rule}")
-    return {field: item[field] for field in ("ind", *TEXT_FIELDS, "endings", "label")}

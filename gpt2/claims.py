@@ -138,8 +138,14 @@ CLAIMS = (
     Claim(
         "heads",
         "Heads of the same layer have attention patterns with cosine similarity over 0.85",
-        "`heads.redundant_pairs` > `heads.untrained_redundant_pairs`",
+        "`heads.redundant_pairs` > 0",
         measures.measure_similar_heads,
+    ),
+    Claim(
+        "heads",
+        "The similarity is learned: an untrained model, alike through the causal mask alone, has fewer such pairs",
+        "`heads.redundant_pairs` > `heads.untrained_redundant_pairs`",
+        measures.measure_beyond_null,
     ),
     Claim(
         "heads",

@@ -8,24 +8,12 @@ from typing import Literal
 
 import torch
 import torch.distributed
-from pydantic import PositiveInt
 from torch import Tensor
 
 from gpt2.files import UserError
-from gpt2.params import Config
+from gpt2.hardware import HardwareConfig
 
 Precision = Literal["float32", "bfloat16"]
-
-
-class HardwareConfig(Config):
-    """What the machine gives. It changes how long a run takes, never which data it sees."""
-
-    # Training processes, one a GPU or several on a CPU; `gpu` asks torchrun for one on every visible GPU.
-    nproc: PositiveInt | Literal["gpu"]
-    # CPU threads for arithmetic, shared by the processes. Fixed, since the bits of a sum depend on it.
-    threads: PositiveInt
-    # Processes or threads for text: reading, tokenizing.
-    workers: PositiveInt
 
 
 @dataclass(frozen=True)
@@ -61,14 +49,12 @@ def autocast(device: torch.device, precision: Precision) -> AbstractContextManag
 
 
 def setup_device(hardware: HardwareConfig, processes: int = 1, local_rank: int = 0) -> torch.device:
-    """Fix the thread count and the fp32 matrix kernels of this process and return its device."""
+    """Fix the thread count of this process and return its device; on a GPU fp32 products may use TF32."""
     torch.set_num_threads(max(1, hardware.threads // processes))
     if torch.cuda.is_available():
         torch.set_float32_matmul_precision("high")
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
-    # "medium" hands fp32 products to oneDNN, whose AVX-512 kernels serve any vendor; MKL's serve one.
-    torch.set_float32_matmul_precision("medium")
     return torch.device("cpu")
 
 

@@ -5,9 +5,11 @@ harness: "activity: context" with WikiHow markers cleaned, encoded whole and cut
 (EleutherAI's lm-evaluation-harness, task hellaswag, zero shots).
 """
 
+import gzip
 import json
 import re
-from collections.abc import Callable, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +19,7 @@ import tiktoken
 from gpt2.files import UserError, atomic_path
 
 ENDINGS = 4
+TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 
 
 @dataclass(frozen=True)
@@ -109,6 +112,41 @@ def load_benchmark(path: Path) -> Benchmark:
         raise UserError(f"{path} cannot be read ({error}); run `dvc repro -f tokenize`") from error
 
 
-def read_items(path: Path) -> list[dict]:
-    """Read items from JSON lines."""
-    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+def read_items(path: Path) -> Iterator[dict]:
+    """Yield validated items of a JSONL or gzipped JSONL file. Raises UserError naming file, line and rule."""
+    opener = gzip.open if path.name.endswith(".gz") else open
+    number = 0
+    try:
+        with opener(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                yield check_item(json.loads(line), f"{path}, line {number}")
+    except FileNotFoundError as error:
+        raise UserError(f"{path} does not exist; benchmark.path must name a HellaSwag JSONL file") from error
+    except UserError:
+        raise
+    except (ValueError, OSError, EOFError, zlib.error) as error:
+        raise UserError(f"{path}, line {number}: not UTF-8 JSON lines ({error}); fetch the file again") from error
+
+
+def check_item(item: object, place: str) -> dict:
+    """The fields of a HellaSwag item, in order, without any others. Raises UserError naming place and rule."""
+    if not isinstance(item, dict):
+        raise UserError(f"{place}: a line must hold a JSON object, not {type(item).__name__}")
+    if missing := [field for field in ("ind", *TEXT_FIELDS, "endings", "label") if field not in item]:
+        raise UserError(f"{place} lacks {', '.join(missing)}; a HellaSwag item has them")
+    for field in TEXT_FIELDS:
+        if not isinstance(item[field], str):
+            raise UserError(f"{place}: {field} = {item[field]!r} must be a string")
+    if not item["ctx"].strip():
+        raise UserError(f"{place}: ctx must not be empty")
+    endings = item["endings"]
+    if not isinstance(endings, list) or not all(isinstance(ending, str) and ending.strip() for ending in endings):
+        raise UserError(f"{place}: endings = {endings!r} must be a list of strings that are not empty")
+    if len(endings) != ENDINGS:
+        raise UserError(f"{place}: endings has {len(endings)} entries; a HellaSwag item has {ENDINGS}")
+    for field, limit in (("ind", None), ("label", ENDINGS)):
+        value = item[field]
+        if type(value) is not int or value < 0 or (limit is not None and value >= limit):
+            rule = f"a whole number from 0 to {limit - 1}" if limit else "a whole number from 0"
+            raise UserError(f"{place}: {field} = {value!r} must be {rule}")
+    return {field: item[field] for field in ("ind", *TEXT_FIELDS, "endings", "label")}

@@ -5,6 +5,9 @@ chunk is turned in place from logits into the gradient of the logits and multipl
 costs nothing more and the three products are all the arithmetic there is.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 
@@ -12,6 +15,8 @@ from torch import Tensor
 CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**31}
 
 
+# Compiled for a GPU (torch 2.11), the loop over one reused buffer reads out of bounds.
+@torch.compiler.disable
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
     """Mean of -log softmax(hidden @ weight.T)[target] in nats, a scalar.
 
@@ -28,8 +33,9 @@ def token_losses(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: in
     """-log softmax(hidden @ weight.T)[target] of each row in nats, fp32, shape (N,). Arguments as above."""
     weight = weight.to(hidden.dtype)
     losses = torch.empty(len(hidden), device=hidden.device)
-    for rows, logits in _logit_chunks(hidden, weight, vocab_size):
-        losses[rows] = _exponentiate_(logits, targets[rows])[0]
+    with _large_products(hidden.device):
+        for rows, logits in _logit_chunks(hidden, weight, vocab_size):
+            losses[rows] = _exponentiate_(logits, targets[rows])[0]
     return losses
 
 
@@ -41,17 +47,18 @@ class _LinearCrossEntropy(torch.autograd.Function):
         losses = torch.empty(n, device=hidden.device)
         grad_hidden = torch.empty_like(hidden)
         grad_weight = torch.zeros_like(weight)
-        for rows, logits in _logit_chunks(hidden, weight_used, vocab_size):
-            losses[rows], total = _exponentiate_(logits, targets[rows])
-            # d mean(loss) / d logits = (softmax - one-hot of the target) / n
-            logits.mul_((1 / (n * total)).unsqueeze(1))
-            logits[torch.arange(len(logits), device=logits.device), targets[rows]] -= 1 / n
-            grad_logits = logits.to(hidden.dtype)
-            grad_hidden[rows] = grad_logits @ weight_used
-            if weight.dtype == hidden.dtype:
-                grad_weight.addmm_(grad_logits.t(), hidden[rows])
-            else:
-                grad_weight += grad_logits.t() @ hidden[rows]
+        with _large_products(hidden.device):
+            for rows, logits in _logit_chunks(hidden, weight_used, vocab_size):
+                losses[rows], total = _exponentiate_(logits, targets[rows])
+                # d mean(loss) / d logits = (softmax - one-hot of the target) / n
+                logits.mul_((1 / (n * total)).unsqueeze(1))
+                logits[torch.arange(len(logits), device=logits.device), targets[rows]] -= 1 / n
+                grad_logits = logits.to(hidden.dtype)
+                grad_hidden[rows] = grad_logits @ weight_used
+                if weight.dtype == hidden.dtype:
+                    grad_weight.addmm_(grad_logits.t(), hidden[rows])
+                else:
+                    grad_weight += grad_logits.t() @ hidden[rows]
         ctx.save_for_backward(grad_hidden, grad_weight)
         return losses.mean()
 
@@ -61,7 +68,24 @@ class _LinearCrossEntropy(torch.autograd.Function):
         return grad_hidden * grad_loss, grad_weight * grad_loss, None, None
 
 
-def _logit_chunks(hidden: Tensor, weight: Tensor, vocab_size: int):
+@contextmanager
+def _large_products(device: torch.device) -> Iterator[None]:
+    """Hand the fp32 products of a CPU to oneDNN, whose AVX-512 kernels serve any vendor, where MKL's serve one.
+
+    Only here: on the small tiles of attention the same setting costs several times what it gains.
+    """
+    if device.type != "cpu":
+        yield
+        return
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("medium")
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
+def _logit_chunks(hidden: Tensor, weight: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield (slice of rows, fp32 logits of those rows); the logits are overwritten by the next chunk."""
     n_rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight)))
     # One buffer for all chunks: fresh pages of this size cost more time than the passes over them.

@@ -150,9 +150,14 @@ def measure_failure(results: Results) -> Finding:
 
 
 def measure_similar_heads(results: Results) -> Finding:
-    trained, untrained = results.value("heads.redundant_pairs"), results.value("heads.untrained_redundant_pairs")
+    pairs, heads = results.value("heads.redundant_pairs"), results.value("heads.redundant_heads")
     highest = number(results.value("heads.max_similarity"))
-    return trained > untrained, f"{number(trained)} pairs, untrained {number(untrained)}; highest cosine {highest}"
+    return pairs > 0, f"{number(pairs)} pairs among {number(heads)} heads; highest cosine {highest}"
+
+
+def measure_beyond_null(results: Results) -> Finding:
+    trained, untrained = results.value("heads.redundant_pairs"), results.value("heads.untrained_redundant_pairs")
+    return trained > untrained, f"{number(trained)} pairs, untrained {number(untrained)}"
 
 
 def measure_middle(results: Results) -> Finding:
@@ -205,6 +210,5 @@ def measure_generation(results: Results) -> Finding:
 
 
 def measure_gpu_hours(results: Results) -> Finding:
-    speed = results.speed("train")
-    processes, hours = speed["processes"], speed["seconds"] / 3600
+    processes, hours = results.value("speed/train.processes"), results.value("speed/train.seconds") / 3600
     return 1 < processes <= REFERENCE_GPU_HOURS / hours, f"{number(hours)} h on {number(processes)} processes"

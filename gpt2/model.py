@@ -14,7 +14,7 @@ from pydantic import NonNegativeInt, PositiveInt, model_validator
 from torch import Tensor, nn
 
 from gpt2.loss import linear_cross_entropy
-from gpt2.params import Config
+from gpt2.shape import ModelShape
 
 Norm = Literal["preln", "postln", "deepnorm"]
 VOCAB_MULTIPLE = 128
@@ -26,33 +26,21 @@ _embedding = partial(nn.utils.skip_init, nn.Embedding)
 warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
 
 
-class GPTConfig(Config):
-    """Shape of a model. GPT-2 (124M) is n_layer 12, n_head 12, n_embd 768, block_size 1024, vocab_size 50257."""
+class GPTConfig(ModelShape):
+    """Shape and kind of a model. GPT-2 has a vocab_size of 50257 and norm preln."""
 
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_embd: PositiveInt
-    # Longest sequence, in tokens.
-    block_size: PositiveInt
     vocab_size: PositiveInt
     norm: Norm
     # Heads left in each layer after pruning; none given means n_head everywhere.
     heads: tuple[NonNegativeInt, ...] | None = None
 
     @model_validator(mode="after")
-    def _fits(self) -> "GPTConfig":
-        if self.n_embd % self.n_head:
-            near = max(1, round(self.n_embd / self.n_head)) * self.n_head
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}; nearest: {near}")
+    def _heads_fit(self) -> "GPTConfig":
         if self.heads is not None and len(self.heads) != self.n_layer:
             raise ValueError(f"heads={self.heads} must list one number for each of n_layer={self.n_layer} layers")
         if self.heads is not None and max(self.heads) > self.n_head:
             raise ValueError(f"heads={self.heads} must not exceed n_head={self.n_head}")
         return self
-
-    @property
-    def head_dim(self) -> int:
-        return self.n_embd // self.n_head
 
     @property
     def layer_heads(self) -> tuple[int, ...]:

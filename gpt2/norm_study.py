@@ -12,11 +12,12 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from torch import nn
 
 from gpt2.data import eval_windows, sample_windows
-from gpt2.dist import HardwareConfig, Precision, autocast, setup_device
+from gpt2.dist import Precision, autocast, setup_device
 from gpt2.evaluate import mean_loss
+from gpt2.hardware import HardwareConfig
 from gpt2.model import GPT, GPTConfig, Norm
-from gpt2.optim import OptimConfig, build_optimizer, lr_at
-from gpt2.params import Config
+from gpt2.optim import AdamConfig, OptimConfig, build_optimizer, lr_at
+from gpt2.shape import ModelShape
 from gpt2.shards import TokenSet
 from gpt2.stability import DivergenceWatch, count_spikes, has_stalled
 
@@ -27,8 +28,11 @@ RUN_COLUMNS = (
 CURVE_COLUMNS = ("norm", "max_lr", "warmup_steps", "seed", "step", "loss", "grad_norm")
 
 
-class NormStudyConfig(Config):
-    """Section `norm_study`. The first learning rate and warm-up are the reference setting of the headline figures."""
+class NormStudyConfig(ModelShape, AdamConfig):
+    """Section `norm_study`: its own, small model and optimizer.
+
+    The first learning rate and warm-up are the reference setting of the headline figures.
+    """
 
     norms: tuple[Norm, ...] = Field(min_length=1)
     max_lrs: tuple[PositiveFloat, ...] = Field(min_length=1)
@@ -37,27 +41,16 @@ class NormStudyConfig(Config):
     max_steps: PositiveInt
     # The final learning rate as a fraction of the largest.
     min_lr_fraction: float = Field(ge=0, le=1)
-    beta1: float = Field(gt=0, lt=1)
-    beta2: float = Field(gt=0, lt=1)
-    weight_decay: float = Field(ge=0)
-    grad_clip: PositiveFloat
     # Windows of one step, and windows of one forward pass.
     batch_windows: PositiveInt
     micro_batch: PositiveInt
     precision: Precision
-    # Shape of the model: deeper for its width than GPT-2, since depth is what the norms differ in.
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_embd: PositiveInt
-    block_size: PositiveInt
     # Tokens taken from the end of the training split, and from the start of the validation split.
     train_tokens: PositiveInt
     eval_tokens: PositiveInt
 
     @model_validator(mode="after")
     def _fits(self) -> "NormStudyConfig":
-        if self.n_embd % self.n_head:
-            raise ValueError(f"n_embd={self.n_embd} must be a multiple of n_head={self.n_head}")
         if max(self.warmup_steps) >= self.max_steps:
             raise ValueError(f"warmup_steps={list(self.warmup_steps)} must be less than max_steps={self.max_steps}")
         if self.train_tokens < self.batch_windows * self.block_size:
@@ -80,7 +73,7 @@ class Setting:
 
 @dataclass(frozen=True)
 class StudyData:
-    """Windows of token ids (N, T + 1), renumbered to the ids that occur, and their unigram entropy in nats."""
+    """Windows of token ids (N, T + 1), renumbered to the ids that occur, and the training split's unigram entropy."""
 
     train: torch.Tensor
     val: torch.Tensor
@@ -109,10 +102,7 @@ def load_study_data(config: NormStudyConfig, train: TokenSet, val: TokenSet) -> 
     val_windows = eval_windows(val, config.block_size, config.eval_tokens)
     both = torch.cat([train_windows, val_windows])
     ids, dense = torch.unique(both, return_inverse=True)
-    p = torch.bincount(dense[: len(train_windows)].flatten()).double()
-    p = p[p > 0] / p.sum()
-    entropy = float(-(p * p.log()).sum())
-    return StudyData(dense[: len(train_windows)], dense[len(train_windows) :], len(ids), entropy)
+    return StudyData(dense[: len(train_windows)], dense[len(train_windows) :], len(ids), train.unigram_entropy)
 
 
 def run_study(config: NormStudyConfig, data: StudyData, hardware: HardwareConfig) -> list[RunResult]:
@@ -135,35 +125,19 @@ def run_study(config: NormStudyConfig, data: StudyData, hardware: HardwareConfig
         return [future.result() for future in futures]
 
 
-def model_shape(config: NormStudyConfig, norm: Norm, vocab_size: int) -> GPTConfig:
-    """The study's model. Raises pydantic's ValidationError if the shape is impossible."""
-    return GPTConfig(
-        n_layer=config.n_layer,
-        n_head=config.n_head,
-        n_embd=config.n_embd,
-        block_size=config.block_size,
-        vocab_size=vocab_size,
-        norm=norm,
+def train_run(setting: Setting, config: NormStudyConfig, data: StudyData, device: torch.device) -> RunResult:
+    """Train one model from its seed; stops where it diverges."""
+    values = config.model_dump()
+    shape = GPTConfig(
+        **{key: values[key] for key in ModelShape.model_fields}, vocab_size=data.vocab_size, norm=setting.norm
     )
-
-
-def run_schedule(config: NormStudyConfig, setting: Setting) -> OptimConfig:
-    """Optimizer and schedule of one run."""
-    return OptimConfig(
+    schedule = OptimConfig(
+        **{key: values[key] for key in AdamConfig.model_fields},
         max_steps=config.max_steps,
         max_lr=setting.max_lr,
         min_lr=setting.max_lr * config.min_lr_fraction,
         warmup_steps=setting.warmup_steps,
-        beta1=config.beta1,
-        beta2=config.beta2,
-        weight_decay=config.weight_decay,
-        grad_clip=config.grad_clip,
     )
-
-
-def train_run(setting: Setting, config: NormStudyConfig, data: StudyData, device: torch.device) -> RunResult:
-    """Train one model from its seed; stops where it diverges."""
-    shape, schedule = model_shape(config, setting.norm, data.vocab_size), run_schedule(config, setting)
     model = GPT(shape, setting.seed).to(device)
     optimizer = build_optimizer(model, schedule)
     losses, grad_norms, watch = [], [], DivergenceWatch()

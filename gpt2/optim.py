@@ -9,19 +9,24 @@ from torch import nn
 from gpt2.params import Config
 
 
-class OptimConfig(Config):
-    """Optimizer and schedule of a run; `max_steps` optimizer steps in all."""
+class AdamConfig(Config):
+    """What stays the same over a run."""
+
+    beta1: float = Field(gt=0, lt=1)
+    beta2: float = Field(gt=0, lt=1)
+    weight_decay: float = Field(ge=0)
+    # Gradients are scaled down to this global L2 norm.
+    grad_clip: PositiveFloat
+
+
+class OptimConfig(AdamConfig):
+    """Optimizer and schedule of a run of max_steps optimizer steps."""
 
     max_steps: PositiveInt
     # Linear warm-up to max_lr over warmup_steps, then a cosine down to min_lr at max_steps.
     max_lr: PositiveFloat
     min_lr: float = Field(ge=0)
     warmup_steps: NonNegativeInt
-    beta1: float = Field(gt=0, lt=1)
-    beta2: float = Field(gt=0, lt=1)
-    weight_decay: float = Field(ge=0)
-    # Gradients are scaled down to this global L2 norm.
-    grad_clip: PositiveFloat
 
     @model_validator(mode="after")
     def _ordered(self) -> "OptimConfig":

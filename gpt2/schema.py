@@ -1,9 +1,9 @@
 """The whole of params.yaml: every section of every scale, checked at once before a pipeline does any work."""
 
 from gpt2.benchmark import BenchmarkConfig
-from gpt2.dist import HardwareConfig
 from gpt2.files import UserError
 from gpt2.generate import GenerateConfig
+from gpt2.hardware import HardwareConfig
 from gpt2.heads import HeadsConfig
 from gpt2.hellaswag import HellaswagConfig
 from gpt2.model import GPTConfig, Norm

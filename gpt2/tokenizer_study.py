@@ -18,7 +18,7 @@ from pydantic import PositiveInt, model_validator
 from gpt2.bpe import MAX_VOCAB_SIZE, MIN_VOCAB_SIZE, train_encodings
 from gpt2.corpus import read_split
 from gpt2.files import UserError
-from gpt2.params import Config
+from gpt2.shape import ModelShape
 from gpt2.tokenizer import load_encoding
 from gpt2.words import GROUPS, WordRules, count_words, group_words, words
 
@@ -49,15 +49,6 @@ class TokenizerStudyConfig(WordRules):
         if sizes[-1] > MAX_VOCAB_SIZE:
             raise ValueError(f"vocab_sizes={sizes[-1]} must be at most {MAX_VOCAB_SIZE}: token files are uint16")
         return self
-
-
-class ModelShape(Config):
-    """Shape of the model whose training cost is counted; section `model` of params.yaml."""
-
-    n_layer: PositiveInt
-    n_head: PositiveInt
-    n_embd: PositiveInt
-    block_size: PositiveInt
 
 
 @dataclass(frozen=True)

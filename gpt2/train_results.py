@@ -2,10 +2,13 @@
 
 import math
 
+import numpy as np
 import torch
+from torch.nn.attention import SDPBackend
 
 from gpt2 import data, loss, model, optim, stability, train
-from gpt2.dist import Dist
+from gpt2.data import sample_windows
+from gpt2.dist import Dist, Precision
 from gpt2.files import read_json
 from gpt2.model import GPT, GPTConfig
 from gpt2.shards import TokenSet
@@ -30,7 +33,13 @@ def run_identity(model_config: GPTConfig, config: TrainConfig, tokens: TokenSet)
 
 
 def run_figures(
-    result: TrainResult, config: TrainConfig, trained: GPT, tokens: TokenSet, val: TokenSet, windows_per_epoch: int
+    result: TrainResult,
+    config: TrainConfig,
+    trained: GPT,
+    tokens: TokenSet,
+    val: TokenSet,
+    windows_per_epoch: int,
+    n_items: int,
 ) -> dict[str, float]:
     """Figures of metrics/train.json. train_loss is the mean over the last log_interval steps."""
     _, _, val_loss, acc, acc_norm = result.eval_rows[-1]
@@ -44,12 +53,16 @@ def run_figures(
         "tokens_seen": seen,
         "epochs": seen / (windows_per_epoch * trained.config.block_size),
         "windows_per_epoch": windows_per_epoch,
+        "windows_in_same_place": windows_in_same_place(windows_per_epoch, config.seed),
+        "attention_backend": attention_backend(trained, config.precision),
         "train_loss": sum(losses[-config.log_interval :]) / len(losses[-config.log_interval :]),
         "val_loss": val_loss,
-        "val_perplexity": math.exp(val_loss),
+        # Capped where the exponential would overflow.
+        "val_perplexity": math.exp(min(val_loss, 700.0)),
         "val_bits_per_byte": val_loss / math.log(2) * val.n_tokens / val.n_bytes,
         "hellaswag_acc": acc,
         "hellaswag_acc_norm": acc_norm,
+        "hellaswag_items": n_items,
         "max_grad_norm": max((row[4] for row in result.train_rows), default=0.0),
         "loss_spikes": count_spikes(losses),
         "diverged": int(result.diverged_at_step >= 0),
@@ -87,3 +100,20 @@ def training_flops_per_token(config: GPTConfig) -> float:
     channels = config.n_embd
     matrices = 12 * config.n_layer * channels**2 + config.vocab_size * channels
     return 6 * matrices + 12 * config.n_layer * channels * config.block_size
+
+
+def windows_in_same_place(windows_per_epoch: int, seed: int) -> int:
+    """Windows that have the same place in the first and the second epoch, of at most a million looked at."""
+    places = np.arange(min(windows_per_epoch, 10**6))
+    first, second = (sample_windows(places + epoch * windows_per_epoch, windows_per_epoch, seed) for epoch in (0, 1))
+    return int((first == second).sum())
+
+
+def attention_backend(model: GPT, precision: Precision) -> str:
+    """Name of the kernel that scaled_dot_product_attention picks for the training shapes on the model's device."""
+    config = model.config
+    dtype = torch.bfloat16 if precision == "bfloat16" else torch.float32
+    q = torch.empty(
+        1, config.n_head, config.block_size, config.head_dim, dtype=dtype, device=model.wte.weight.device
+    ).requires_grad_()
+    return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()

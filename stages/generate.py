@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from gpt2.dist import HardwareConfig, setup_device
+from gpt2.dist import setup_device
 from gpt2.files import write_csv
 from gpt2.generate import GenerateConfig, generate_text
+from gpt2.hardware import HardwareConfig
 from gpt2.stage import Stage
 from gpt2.weights import load_model
 

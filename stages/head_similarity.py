@@ -4,9 +4,10 @@ from pathlib import Path
 
 from gpt2 import redundancy
 from gpt2.data import eval_windows
-from gpt2.dist import HardwareConfig, setup_device
+from gpt2.dist import setup_device
 from gpt2.evaluate import require_fit
 from gpt2.files import write_csv, write_json
+from gpt2.hardware import HardwareConfig
 from gpt2.heads import HeadsConfig, compare_heads, save_similarities
 from gpt2.model import GPT
 from gpt2.shards import TokenSet

@@ -2,9 +2,10 @@
 
 from pathlib import Path
 
-from gpt2.dist import HardwareConfig, setup_device
+from gpt2.dist import setup_device
 from gpt2.evaluate import require_fit
 from gpt2.files import write_csv, write_json
+from gpt2.hardware import HardwareConfig
 from gpt2.hellaswag import HellaswagConfig, evaluate_benchmark
 from gpt2.items import PROTOCOLS, load_benchmark
 from gpt2.shards import TokenSet

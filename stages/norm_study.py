@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
-from gpt2.dist import HardwareConfig
 from gpt2.files import write_csv, write_json
+from gpt2.hardware import HardwareConfig
 from gpt2.norm_study import (
     CURVE_COLUMNS,
     RUN_COLUMNS,

@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from gpt2.dist import HardwareConfig
 from gpt2.files import write_json
+from gpt2.hardware import HardwareConfig
 from gpt2.prepare import PrepareConfig, prepare
 from gpt2.stage import Stage
 

@@ -4,10 +4,11 @@ from pathlib import Path
 
 from gpt2.criteria import rank_heads
 from gpt2.data import eval_windows
-from gpt2.dist import HardwareConfig, setup_device
+from gpt2.dist import setup_device
 from gpt2.evaluate import require_fit
 from gpt2.files import write_csv, write_json
 from gpt2.frontier import choose_removed, compare_speed, measure_frontier, summarise, tabulate
+from gpt2.hardware import HardwareConfig
 from gpt2.heads import load_similarity
 from gpt2.prune import PruneConfig, count_removals, remove_heads
 from gpt2.shards import TokenSet

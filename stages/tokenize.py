@@ -2,9 +2,11 @@
 
 from pathlib import Path
 
-from gpt2.dist import HardwareConfig
+from gpt2.contamination import items_in_training
 from gpt2.files import write_json
+from gpt2.hardware import HardwareConfig
 from gpt2.items import read_items, save_benchmark, tokenize_items
+from gpt2.shards import TokenSet
 from gpt2.stage import Stage
 from gpt2.tokenize import TokenizeConfig, tokenize_corpus
 from gpt2.tokenizer import load_encoding
@@ -21,9 +23,10 @@ def main() -> None:
         hardware = stage.load("hardware", HardwareConfig)
         encoding = load_encoding(config.encoding)
         figures = tokenize_corpus(CORPUS, TOKENS, encoding, config.shard_tokens, hardware.workers)
-        benchmark = tokenize_items(read_items(ITEMS), encoding)
+        benchmark = tokenize_items(list(read_items(ITEMS)), encoding)
         save_benchmark(benchmark, TOKENS / "hellaswag.npz")
-        write_json(METRICS, {**figures, "benchmark_items": len(benchmark.labels)})
+        found = items_in_training(benchmark, TokenSet(TOKENS, "train"))
+        write_json(METRICS, {**figures, "benchmark_items": len(benchmark.labels), "benchmark_items_in_train": found})
 
 
 if __name__ == "__main__":

@@ -3,8 +3,9 @@
 from pathlib import Path
 
 from gpt2.files import write_csv, write_json
+from gpt2.shape import ModelShape
 from gpt2.stage import Stage
-from gpt2.tokenizer_study import ModelShape, TokenizerStudyConfig, study_vocabularies
+from gpt2.tokenizer_study import TokenizerStudyConfig, study_vocabularies
 
 CORPUS = Path("data/corpus")
 METRICS = Path("metrics/tokenizer.json")

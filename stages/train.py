@@ -6,8 +6,9 @@ from pathlib import Path
 
 from gpt2 import checkpoint
 from gpt2.data import TrainOrder, eval_windows
-from gpt2.dist import Dist, HardwareConfig, distributed
+from gpt2.dist import Dist, distributed
 from gpt2.files import write_csv, write_json
+from gpt2.hardware import HardwareConfig
 from gpt2.hellaswag import HellaswagConfig
 from gpt2.items import load_benchmark
 from gpt2.model import GPT, GPTConfig
@@ -43,7 +44,8 @@ def train(stage: Stage, dist: Dist) -> None:
         if dist.is_main:
             write_csv(CURVES / "train.csv", TRAIN_COLUMNS, result.train_rows)
             write_csv(CURVES / "eval.csv", EVAL_COLUMNS, result.eval_rows)
-            write_json(METRICS, run_figures(result, config, model, tokens, val, order.windows_per_epoch))
+            n_items = len(evaluation.benchmark.labels)
+            write_json(METRICS, run_figures(result, config, model, tokens, val, order.windows_per_epoch, n_items))
             save_model(model, MODEL)
             stage.timed |= run_speed(result, config, shape, dist)
             checkpoint.drop(scratch)

@@ -15,7 +15,6 @@ from gpt2.benchmark import (
     heldout_items,
     is_prose,
     make_items,
-    read_hellaswag,
     write_items,
 )
 from gpt2.corpus import Document, new_corpus
@@ -179,7 +178,7 @@ def test_what_is_written_is_read_back(tmp_path):
     items = heldout_items(iter(DOCUMENTS), config())
     items[0]["ctx"] = "line\nend and \u2028 separator, ünïcode 漢字"
     write_items(tmp_path / "items.jsonl", items)
-    assert list(read_hellaswag(tmp_path / "items.jsonl")) == items
+    assert list(read_items(tmp_path / "items.jsonl")) == items
     assert read_items(tmp_path / "items.jsonl") == items
 
 
@@ -201,7 +200,7 @@ def test_what_is_written_is_read_back(tmp_path):
 def test_a_line_that_breaks_the_form_is_named(tmp_path, change, message):
     path = write_lines(tmp_path / "items.jsonl", map(json.dumps, [ITEM, {**ITEM, **change}]))
     with pytest.raises(UserError, match=rf"items\.jsonl, line 2.*{re.escape(message)}"):
-        list(read_hellaswag(path))
+        list(read_items(path))
 
 
 @pytest.mark.parametrize("field", ITEM)
@@ -209,7 +208,7 @@ def test_an_absent_field_is_named(tmp_path, field):
     item = {key: value for key, value in ITEM.items() if key != field}
     path = write_lines(tmp_path / "items.jsonl", [json.dumps(item)])
     with pytest.raises(UserError, match=rf"line 1 lacks {field};"):
-        list(read_hellaswag(path))
+        list(read_items(path))
 
 
 @pytest.mark.parametrize(
@@ -226,12 +225,12 @@ def test_an_absent_field_is_named(tmp_path, field):
 def test_a_damaged_file_is_named(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(UserError, match=rf"{name}, line \d"):
-        list(read_hellaswag(tmp_path / name))
+        list(read_items(tmp_path / name))
 
 
 def test_absent_and_empty_files_are_refused(tmp_path):
     with pytest.raises(UserError, match=r"benchmark\.path = .*absent\.jsonl' does not exist"):
-        list(read_hellaswag(tmp_path / "absent.jsonl"))
+        list(read_items(tmp_path / "absent.jsonl"))
     (tmp_path / "empty.jsonl").write_text("")
     items = make_items(BenchmarkConfig(source="file", path=tmp_path / "empty.jsonl"), tmp_path)
     with pytest.raises(UserError, match="would hold no item"):

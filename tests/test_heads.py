@@ -190,7 +190,7 @@ def test_pairs_are_of_one_layer_most_similar_first(idx):
 
 def test_refuses_to_pair_lone_heads():
     model = make_model(n_head=1)
-    with pytest.raises(UserError, match="n_head=1.*set it to 2 or more"):
+    with pytest.raises(UserError, match=r"n_head=1.*set it to 2 or more"):
         redundancy.list_pairs(model.config, dict.fromkeys(MATRICES, np.eye(3)))
 
 
@@ -252,7 +252,7 @@ def test_refuses_similarities_of_another_model(tmp_path):
     model, other = make_model(), make_model(n_layer=2)
     eye = np.eye(12)
     heads.save_similarities(tmp_path / "heads.npz", model.config, {"pattern": eye}, eye)
-    with pytest.raises(UserError, match="compares 12 heads.*dvc repro"):
+    with pytest.raises(UserError, match=r"compares 12 heads.*dvc repro"):
         heads.load_similarity(tmp_path / "heads.npz", other.config)
 
 

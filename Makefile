@@ -1,0 +1,30 @@
+# Everything runs in a virtual environment of its own, with the versions of requirements.lock.
+PYTHON ?= python3
+VENV ?= .venv
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+# One thread unless a process asks for more; without it torchrun warns about the same choice.
+export OMP_NUM_THREADS ?= 1
+export DVC_NO_ANALYTICS := 1
+
+.PHONY: setup repro test verify bench
+
+setup: $(VENV)/.installed
+
+$(VENV)/.installed: requirements.lock
+	@$(PYTHON) -c 'import sys; v = sys.version_info[:2]; sys.exit(None if (3, 11) <= v <= (3, 13) else \
+		f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; run make PYTHON=python3.12")'
+	$(PYTHON) -m venv $(VENV)
+	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	touch $@
+
+repro: setup  ## the whole pipeline at the scale of params.yaml
+	dvc repro
+
+test: setup  ## the test suite
+	python -m pytest
+
+verify: setup  ## rebuild in a temporary clone and compare with dvc.lock
+	python -m tests.verify
+
+bench: setup  ## the benchmarks; NANOGPT=folder of a nanoGPT checkout adds it as a baseline
+	python -m bench $(if $(NANOGPT),--nanogpt $(NANOGPT))

@@ -1,0 +1,38 @@
+"""The import closure of a module of this repository, read from the source."""
+
+import ast
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+PACKAGES = ("gpt2", "stages")
+
+
+def module_path(name: str) -> Path | None:
+    """File of a dotted module name, relative to the root; None if it is none of ours."""
+    path = Path(*name.split(".")).with_suffix(".py")
+    return path if name.split(".")[0] in PACKAGES and (ROOT / path).is_file() else None
+
+
+def direct_imports(path: Path) -> set[Path]:
+    """Files of this repository that `path` imports, at the top or inside functions."""
+    found = set()
+    for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
+        else:
+            continue
+        found |= {file for name in names if (file := module_path(name))}
+    return found
+
+
+def import_closure(path: Path) -> set[Path]:
+    """`path` and every file of this repository that it imports, directly or not."""
+    closure, waiting = set(), [path]
+    while waiting:
+        file = waiting.pop()
+        if file not in closure:
+            closure.add(file)
+            waiting += direct_imports(file)
+    return closure
