@@ -87,7 +87,9 @@ def _large_products(device: torch.device) -> Iterator[None]:
 
 def _logit_chunks(hidden: Tensor, weight: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield (slice of rows, fp32 logits of those rows); the logits are overwritten by the next chunk."""
-    n_rows = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight)))
+    most = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight)))
+    # Even chunks: a small rest would pay for a whole pass over the weights.
+    n_rows = -(-len(hidden) // -(-len(hidden) // most))
     # One buffer for all chunks: fresh pages of this size cost more time than the passes over them.
     buffer = hidden.new_empty(min(n_rows, len(hidden)), len(weight))
     for start in range(0, len(hidden), n_rows):

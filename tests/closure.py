@@ -1,6 +1,8 @@
 """The import closure of a module of this repository, read from the source."""
 
 import ast
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -13,18 +15,26 @@ def module_path(name: str) -> Path | None:
     return path if name.split(".")[0] in PACKAGES and (ROOT / path).is_file() else None
 
 
-def direct_imports(path: Path) -> set[Path]:
-    """Files of this repository that `path` imports, at the top or inside functions."""
-    found = set()
+def imported_names(path: Path) -> set[str]:
+    """Dotted names that `path` imports, at the top or inside functions; for `from a import b` both a and a.b."""
+    names = set()
     for node in ast.walk(ast.parse((ROOT / path).read_text(encoding="utf-8"))):
         if isinstance(node, ast.Import):
-            names = [alias.name for alias in node.names]
+            names |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
-            names = [node.module, *(f"{node.module}.{alias.name}" for alias in node.names)]
-        else:
-            continue
-        found |= {file for name in names if (file := module_path(name))}
-    return found
+            names |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return names
+
+
+def direct_imports(path: Path) -> set[Path]:
+    """Files of this repository that `path` imports."""
+    return {file for name in imported_names(path) if (file := module_path(name))}
+
+
+def imported_packages(files: Iterable[Path]) -> set[str]:
+    """Top-level packages that any of the files imports, the standard library's and this repository's left out."""
+    packages = {name.split(".")[0] for file in files for name in imported_names(file)}
+    return packages - sys.stdlib_module_names - set(PACKAGES)
 
 
 def import_closure(path: Path) -> set[Path]:

@@ -1,0 +1,192 @@
+"""Checkpoints: complete, whole or absent, found by the run that wrote them and by no other."""
+
+import json
+import logging
+import resource
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from gpt2.checkpoint import KEPT, drop, load_checkpoint, locked, save_checkpoint, scratch_folder
+from gpt2.files import UserError
+from gpt2.model import GPT, GPTConfig
+from gpt2.optim import OptimConfig, build_optimizer
+from tests.training_run import ADAM, SHAPE
+
+CONFIG = GPTConfig(**SHAPE, vocab_size=97, norm="preln")
+SCHEDULE = OptimConfig(**ADAM, max_steps=100, max_lr=1e-2, min_lr=1e-3, warmup_steps=0)
+
+
+class Trainer:
+    """A model and its optimizer, trained on random tokens that depend on the step alone."""
+
+    def __init__(self, seed: int = 0):
+        self.model = GPT(CONFIG, seed)
+        self.optimizer = build_optimizer(self.model, SCHEDULE)
+
+    def train(self, *steps: int) -> "Trainer":
+        for step in steps:
+            idx = torch.randint(97, (2, 17), generator=torch.Generator().manual_seed(step))
+            self.model(idx[:, :-1], idx[:, 1:]).backward()
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+        return self
+
+    def save(self, folder: Path, step: int) -> None:
+        save_checkpoint(folder, self.model, self.optimizer, {"step": step, "log_bytes": {"train.csv": 10 * step}})
+
+    def load(self, folder: Path) -> dict | None:
+        return load_checkpoint(folder, self.model, self.optimizer)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Copies of all weights and of all that the optimizer holds."""
+        found = {name: tensor.clone() for name, tensor in self.model.state_dict().items()}
+        for name, parameter in self.model.named_parameters():
+            found |= {f"{name}/{key}": value.clone() for key, value in self.optimizer.state[parameter].items()}
+        return found
+
+
+def assert_same(first: dict[str, Tensor], second: dict[str, Tensor]) -> None:
+    assert first.keys() == second.keys()
+    for name, tensor in first.items():
+        assert tensor.dtype == second[name].dtype and torch.equal(tensor, second[name]), name
+
+
+def files_in(folder: Path) -> list[str]:
+    return sorted(path.name for path in folder.iterdir())
+
+
+def test_weights_and_optimizer_come_back_exactly_and_training_goes_on_as_if_never_stopped(tmp_path):
+    first = Trainer().train(0, 1, 2)
+    first.save(tmp_path, 3)
+    second = Trainer(seed=5)
+    assert second.load(tmp_path) == {"step": 3, "log_bytes": {"train.csv": 30}}
+    assert_same(second.tensors(), first.tensors())
+    kinds = {name.split("/")[1] for name in first.tensors() if "/" in name}
+    assert kinds == {"step", "exp_avg", "exp_avg_sq"}
+    assert_same(second.train(3, 4).tensors(), first.train(3, 4).tensors())
+
+
+def test_a_folder_without_checkpoints_changes_nothing(tmp_path):
+    trainer = Trainer()
+    before = trainer.tensors()
+    assert trainer.load(tmp_path) is None and trainer.load(tmp_path / "absent") is None
+    assert_same(trainer.tensors(), before)
+
+
+def test_only_the_newest_are_kept(tmp_path):
+    trainer = Trainer()
+    for step in range(98, 98 + KEPT + 2):
+        trainer.save(tmp_path, step)
+    # Across the change from two digits to three.
+    assert files_in(tmp_path) == [f"step_{step:08d}.safetensors" for step in range(100, 100 + KEPT)]
+    assert trainer.load(tmp_path)["step"] == 99 + KEPT
+
+
+def test_the_file_is_safetensors_and_plain_json(tmp_path):
+    trainer = Trainer().train(0)
+    trainer.save(tmp_path, 1)
+    (path,) = tmp_path.iterdir()
+    with safe_open(path, "pt") as file:
+        assert json.loads(file.metadata()["state"])["step"] == 1
+        stored = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
+    # Nothing but tensors and JSON: loading it runs no code.
+    assert len(stored) == len(trainer.tensors())
+    assert torch.equal(stored["model.wte.weight"], trainer.model.wte.weight)
+    assert torch.equal(stored["optim.wte.weight.exp_avg"], trainer.optimizer.state[trainer.model.wte.weight]["exp_avg"])
+
+
+DAMAGES = {
+    "empty": lambda content: b"",
+    "cut": lambda content: content[: len(content) // 2],
+    "cut by a byte": lambda content: content[:-1],
+    "foreign": lambda content: b"no checkpoint" * 100,
+    "zeros": lambda content: bytes(len(content)),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
+def test_a_damaged_file_gives_way_to_the_one_before(tmp_path, caplog, damage):
+    trainer = Trainer()
+    trainer.train(0).save(tmp_path, 1)
+    good = trainer.tensors()
+    trainer.train(1).save(tmp_path, 2)
+    newest = tmp_path / "step_00000002.safetensors"
+    newest.write_bytes(damage(newest.read_bytes()))
+    resumed = Trainer(seed=5)
+    with caplog.at_level(logging.WARNING):
+        assert resumed.load(tmp_path)["step"] == 1
+    assert_same(resumed.tensors(), good)
+    (record,) = caplog.records
+    assert str(newest) in record.getMessage() and "is damaged" in record.getMessage()
+
+
+def test_all_damaged_starts_over_and_the_new_run_keeps_its_own_checkpoints(tmp_path, caplog):
+    trainer = Trainer()
+    for step in (8, 9):
+        trainer.save(tmp_path, step)
+    for path in tmp_path.iterdir():
+        path.write_bytes(b"")
+    fresh = Trainer(seed=5)
+    before = fresh.tensors()
+    assert fresh.load(tmp_path) is None
+    assert_same(fresh.tensors(), before)
+    assert len(caplog.records) == 2
+    for step in (1, 2):
+        fresh.train(step).save(tmp_path, step)
+    # The damaged files have higher numbers, and must not pass for newer than what the run writes now.
+    resumed = Trainer()
+    assert resumed.load(tmp_path)["step"] == 2
+    assert_same(resumed.tensors(), fresh.tensors())
+
+
+def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_temporary_file(tmp_path):
+    trainer = Trainer().train(0)
+    trainer.save(tmp_path, 1)
+    before = trainer.tensors()
+    trainer.train(1)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    # Files of this process may not grow beyond this, as on a full disk.
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        with pytest.raises((OSError, SafetensorError)):
+            trainer.save(tmp_path, 2)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert files_in(tmp_path) == ["step_00000001.safetensors"]
+    resumed = Trainer(seed=5)
+    assert resumed.load(tmp_path)["step"] == 1
+    assert_same(resumed.tensors(), before)
+
+
+def test_the_folder_is_one_for_each_identity_and_code(tmp_path, monkeypatch):
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    source = tmp_path / "code.py"
+    source.write_text("first = 1\n")
+    folder = scratch_folder("train", {"lr": 0.1, "seed": 1}, [str(source)])
+    assert folder.parent == Path(".scratch/train")
+    assert scratch_folder("train", {"seed": 1, "lr": 0.1}, [str(source)]) == folder
+    assert scratch_folder("train", {"lr": 0.1, "seed": 2}, [str(source)]) != folder
+    assert scratch_folder("other", {"lr": 0.1, "seed": 1}, [str(source)]) != folder
+    # DVC runs queued experiments in a copy of the repository and names the original.
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    assert scratch_folder("train", {"lr": 0.1, "seed": 1}, [str(source)]) == tmp_path / folder
+    monkeypatch.delenv("DVC_ROOT")
+    source.write_text("first = 2\n")
+    assert scratch_folder("train", {"lr": 0.1, "seed": 1}, [str(source)]) != folder
+
+
+def test_a_held_folder_is_refused_until_it_is_let_go(tmp_path):
+    folder = tmp_path / "scratch"
+    with pytest.raises(KeyError), locked(folder):
+        with pytest.raises(UserError, match=rf"another run of this configuration holds {folder}; wait"), locked(folder):
+            pass
+        raise KeyError
+    with locked(folder):
+        drop(folder)
+        assert not folder.exists()
+    with locked(folder):
+        assert folder.is_dir()

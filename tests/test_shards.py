@@ -1,0 +1,171 @@
+"""Token files return what was written, wherever shards end, and no damaged or foreign file is read."""
+
+import hashlib
+import math
+
+import numpy as np
+import pytest
+
+from gpt2.files import UserError, read_json, write_json
+from gpt2.shards import HEADER_BYTES, TokenSet, Vocabulary, write_split
+
+VOCABULARY = Vocabulary(encoding="gpt2", vocab_size=1000, eot_token=0)
+
+
+def make_documents(*lengths: int) -> list[tuple[np.ndarray, int]]:
+    """Documents of ids that count on from one to the next, and byte counts of ten a token."""
+    ends = np.cumsum(lengths)
+    return [
+        (np.arange(end - length, end, dtype=np.uint16), 10 * length) for end, length in zip(ends, lengths, strict=True)
+    ]
+
+
+def write(folder, documents, shard_tokens=10, split="train"):
+    write_split(folder, split, documents, VOCABULARY, shard_tokens)
+    return TokenSet(folder, split)
+
+
+@pytest.mark.parametrize("lengths", [(1,), (10,), (10, 10), (3, 4, 5), (95,), (9, 1, 1, 9, 41, 0, 2), (0, 7)])
+@pytest.mark.parametrize("shard_tokens", [1, 7, 10, 1000])
+def test_every_stretch_returns_as_written_wherever_shards_end(tmp_path, lengths, shard_tokens):
+    tokens = write(tmp_path, make_documents(*lengths), shard_tokens)
+    total = sum(lengths)
+    assert (tokens.n_tokens, tokens.n_documents, tokens.n_bytes) == (total, len(lengths), 10 * total)
+    assert tokens.vocabulary == VOCABULARY
+    sizes = [shard["tokens"] for shard in read_json(tmp_path / "train.json")["shards"].values()]
+    assert sizes[:-1] == [shard_tokens] * (len(sizes) - 1)
+    for start in range(0, total + 1, 3):
+        for count in {0, 1, total // 2, total - start}:
+            if start + count <= total:
+                assert tokens.read(start, count).tolist() == list(range(start, start + count))
+
+
+def test_the_largest_ids_of_uint16_return_as_written(tmp_path):
+    ids = np.array([65535, 0, 256, 255], dtype=np.uint16)
+    write_split(tmp_path, "val", [(ids, 4)], Vocabulary(encoding="x", vocab_size=65536, eot_token=1), 3)
+    assert TokenSet(tmp_path, "val").read(0, 4).tolist() == ids.tolist()
+
+
+def test_a_shard_is_the_header_of_llm_c_and_little_endian_ids(tmp_path):
+    write(tmp_path, make_documents(13))
+    content = (tmp_path / "train_00001.bin").read_bytes()
+    header = np.frombuffer(content[:1024], dtype="<i4")
+    assert header[:4].tolist() == [20240520, 1, 3, 1000]
+    assert not header[4:].any()
+    assert content[1024:] == bytes([10, 0, 11, 0, 12, 0])
+    shard = read_json(tmp_path / "train.json")["shards"]["train_00001.bin"]
+    assert shard == {"tokens": 3, "sha256": hashlib.sha256(content).hexdigest()}
+
+
+@pytest.mark.parametrize(("start", "count"), [(-1, 1), (0, 26), (25, 1), (26, 0), (5, -1)])
+def test_reading_past_an_end_is_refused(tmp_path, start, count):
+    tokens = write(tmp_path, make_documents(25))
+    with pytest.raises(UserError, match=rf"train: tokens {start} to {start + count} asked, it holds 25"):
+        tokens.read(start, count)
+
+
+def test_unigram_entropy_is_that_of_the_token_frequencies_of_all_shards(tmp_path):
+    # Frequencies 1/2, 1/4, 1/4.
+    tokens = write(tmp_path, [(np.array([5, 7, 5, 5, 999, 5, 7, 999], dtype=np.uint16), 8)], shard_tokens=3)
+    assert tokens.unigram_entropy == pytest.approx(math.log(2) / 2 + 2 * math.log(4) / 4)
+    assert write(tmp_path, [(np.full(9, 3, dtype=np.uint16), 9)]).unigram_entropy == 0
+
+
+def test_a_shorter_run_leaves_no_shard_of_a_longer_one_and_no_other_split_changes(tmp_path):
+    write(tmp_path, make_documents(95))
+    write(tmp_path, make_documents(35), split="val")
+    assert write(tmp_path, make_documents(15)).n_tokens == 15
+    assert {path.name for path in tmp_path.glob("train*")} == {"train.json", "train_00000.bin", "train_00001.bin"}
+    assert TokenSet(tmp_path, "val").n_tokens == 35
+
+
+def test_the_same_documents_give_the_same_bytes(tmp_path):
+    for name in ("one", "two"):
+        write(tmp_path / name, make_documents(3, 4, 25))
+    for path in (tmp_path / "one").iterdir():
+        assert path.read_bytes() == (tmp_path / "two" / path.name).read_bytes()
+
+
+@pytest.mark.parametrize("documents", [[], make_documents(0, 0)])
+def test_a_split_without_tokens_is_refused_and_cannot_be_read(tmp_path, documents):
+    write(tmp_path, make_documents(15))
+    with pytest.raises(UserError, match="the split train has no tokens; give prepare more documents"):
+        write_split(tmp_path, "train", documents, VOCABULARY, 10)
+    with pytest.raises(UserError, match=r"train\.json does not exist"):
+        TokenSet(tmp_path, "train")
+
+
+def test_a_run_cut_off_in_the_middle_cannot_be_read(tmp_path):
+    write(tmp_path, make_documents(95))
+
+    def broken_off():
+        yield from make_documents(40)
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        write_split(tmp_path, "train", broken_off(), VOCABULARY, 10)
+    with pytest.raises(UserError, match=r"train\.json does not exist"):
+        TokenSet(tmp_path, "train")
+
+
+def test_ids_that_do_not_fit_two_bytes_are_refused_before_anything_is_deleted(tmp_path):
+    write(tmp_path, make_documents(15))
+    with pytest.raises(UserError, match="encoding o200k has 65537 ids; uint16 shards hold 65536"):
+        write_split(tmp_path, "train", [], Vocabulary(encoding="o200k", vocab_size=65537, eot_token=0), 10)
+    assert TokenSet(tmp_path, "train").n_tokens == 15
+
+
+def patch(offset: int, values: list[int]):
+    """A change of a file: int32 `values` at `offset` of the header."""
+
+    def change(content: bytes) -> bytes:
+        data = np.array(values, dtype="<i4").tobytes()
+        return content[:offset] + data + content[offset + len(data) :]
+
+    return change
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (patch(0, [20240519]), "begins with 20240519, 1; a token shard begins with 20240520, 1"),
+        (patch(4, [2]), "begins with 20240520, 2"),
+        (patch(8, [9]), "holds 10 tokens, its header says 9, the manifest 10"),
+        (patch(12, [50257]), "was written for 50257 ids, the manifest says 1000"),
+        (lambda content: content[:-2], "holds 9 tokens, its header says 10, the manifest 10"),
+        (lambda content: content[:-1], "holds 9 tokens, its header says 10, the manifest 10"),
+        (lambda content: content + b"\0\0", "holds 11 tokens, its header says 10, the manifest 10"),
+        (lambda content: content[:100], "has 100 bytes, less than the header of 1024"),
+        (lambda content: b"", "has 0 bytes"),
+    ],
+)
+def test_a_damaged_or_foreign_shard_is_named_with_the_remedy(tmp_path, change, message):
+    write(tmp_path, make_documents(25))
+    shard = tmp_path / "train_00001.bin"
+    shard.write_bytes(change(shard.read_bytes()))
+    with pytest.raises(UserError, match=rf"train_00001\.bin {message}.*; run `dvc repro -f tokenize`"):
+        TokenSet(tmp_path, "train")
+
+
+def test_a_manifest_of_other_counts_is_refused(tmp_path):
+    write(tmp_path, make_documents(25))
+    manifest = read_json(tmp_path / "train.json")
+    manifest["shards"]["train_00002.bin"]["tokens"] = 4
+    write_json(tmp_path / "train.json", manifest)
+    with pytest.raises(UserError, match=r"train_00002\.bin holds 5 tokens, its header says 5, the manifest 4"):
+        TokenSet(tmp_path, "train")
+
+
+def test_a_missing_shard_is_named(tmp_path):
+    write(tmp_path, make_documents(25))
+    (tmp_path / "train_00001.bin").unlink()
+    with pytest.raises(UserError, match=r"train_00001\.bin is listed in the manifest and absent; run"):
+        TokenSet(tmp_path, "train")
+
+
+def test_a_shard_of_llm_c_is_read_though_it_names_no_vocabulary(tmp_path):
+    write(tmp_path, make_documents(5))
+    shard = tmp_path / "train_00000.bin"
+    shard.write_bytes(patch(12, [0])(shard.read_bytes()))
+    assert len(shard.read_bytes()) == HEADER_BYTES + 10
+    assert TokenSet(tmp_path, "train").read(0, 5).tolist() == [0, 1, 2, 3, 4]

@@ -1,0 +1,356 @@
+"""The training loop and its stage: the same result in any number of processes, and after any interruption."""
+
+import math
+import os
+import shutil
+import signal
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from gpt2 import params
+from gpt2.checkpoint import KEPT
+from gpt2.evaluate import mean_loss
+from gpt2.files import UserError, read_json
+from gpt2.optim import lr_at
+from gpt2.train import EVAL_COLUMNS, TRAIN_COLUMNS, Stepper, TrainConfig, TrainResult, fit
+from gpt2.weights import load_model
+from tests.training_run import (
+    LOCAL,
+    SECTIONS,
+    checkpoint_steps,
+    finish,
+    kill,
+    load_parts,
+    outcome,
+    prepare_folder,
+    read_table,
+    scratch_of,
+    set_params,
+    start,
+    train_here,
+    wait_for_checkpoint,
+)
+
+STEPS, INTERVAL = (SECTIONS["train"][key] for key in ("max_steps", "checkpoint_interval"))
+LOSS, LR, GRAD_NORM = (TRAIN_COLUMNS.index(name) for name in ("loss", "lr", "grad_norm"))
+
+
+# One run that nothing disturbs, in one process and in two, and the wrecks of others: what the tests below start from.
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory) -> Path:
+    folder = prepare_folder(tmp_path_factory.mktemp("whole"))
+    finish(start(folder), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def whole_pair(tmp_path_factory) -> Path:
+    folder = prepare_folder(tmp_path_factory.mktemp("whole_pair"))
+    finish(start(folder, processes=2), folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def wreck(tmp_path_factory) -> Path:
+    """A run killed by SIGKILL after it had written KEPT checkpoints."""
+    folder = prepare_folder(tmp_path_factory.mktemp("wreck"))
+    victim = start(folder)
+    wait_for_checkpoint(victim, folder, count=KEPT)
+    # Still alive, so that a second trainer meets a first one.
+    victim.send_signal(signal.SIGSTOP)
+    try:
+        with pytest.MonkeyPatch.context() as monkeypatch, pytest.raises(SystemExit) as refusal:
+            train_here(folder, monkeypatch)
+    finally:
+        kill(victim)
+    (folder / "refusal.txt").write_text(str(refusal.value))
+    return folder
+
+
+@pytest.fixture
+def resumable(wreck, tmp_path) -> Path:
+    """A copy of the wreck to go on from."""
+    return shutil.copytree(wreck, tmp_path / "resumable")
+
+
+def test_rows_and_files_of_a_run_are_complete(whole):
+    rows, evals = (read_table(whole / "plots" / "train" / f"{name}.csv") for name in ("train", "eval"))
+    config = load_parts(whole).config
+    headers = [(whole / f"plots/train/{name}.csv").read_text().split("\n")[0] for name in ("train", "eval")]
+    assert headers == [",".join(TRAIN_COLUMNS), ",".join(EVAL_COLUMNS)]
+    assert rows[:, 0].tolist() == list(range(1, STEPS + 1))
+    assert rows[:, LR].tolist() == [lr_at(step, config) for step in range(STEPS)]
+    assert evals[:, 0].tolist() == [0, 25, 50, 75, STEPS]
+    for table in (rows, evals):
+        assert (table[:, 1] == table[:, 0] * config.tokens_per_step).all()
+    assert read_json(whole / "metrics" / "speed" / "train.json").keys() >= {
+        *("seconds", "peak_memory_gib", "tokens_per_s", "data_wait_percent", "processes"),
+    }
+
+
+def test_validation_is_that_of_the_untrained_and_of_the_saved_model(whole):
+    parts = load_parts(whole)
+    evals = read_table(whole / "plots" / "train" / "eval.csv")
+    assert evals[0, 2:].tolist() == list(parts.evaluation.measure(parts.model, LOCAL))
+    saved = load_model(whole / "models" / "gpt2")
+    assert evals[-1, 2:].tolist() == list(parts.evaluation.measure(saved, LOCAL))
+    assert evals[-1, 2] == mean_loss(saved, parts.evaluation.windows, parts.config.micro_batch) < evals[0, 2] - 1
+
+
+def test_the_resume_state_is_gone_after_success(whole, whole_pair):
+    for folder in (whole, whole_pair):
+        assert list((folder / ".scratch" / "train").iterdir()) == []
+
+
+def test_two_processes_train_as_one(whole, whole_pair):
+    one, two = (read_table(folder / "plots" / "train" / "train.csv") for folder in (whole, whole_pair))
+    assert np.array_equal(one[:, : LOSS], two[:, : LOSS]) and np.array_equal(one[:, LR], two[:, LR])
+    # The halves of a gradient are summed in another order, so its last bits differ; each step passes that on.
+    np.testing.assert_allclose(two[:2, LOSS], one[:2, LOSS], rtol=1e-6)
+    np.testing.assert_allclose(two[:2, GRAD_NORM], one[:2, GRAD_NORM], rtol=1e-5)
+    np.testing.assert_allclose(two[:, LOSS], one[:, LOSS], rtol=1e-3)
+    one, two = (read_table(folder / "plots" / "train" / "eval.csv") for folder in (whole, whole_pair))
+    np.testing.assert_allclose(two, one, rtol=1e-3)
+    assert read_json(whole_pair / "metrics" / "speed" / "train.json")["processes"] == 2
+
+
+# Interruptions.
+
+
+def test_killed_and_resumed_equals_uninterrupted_even_with_rows_beyond_the_checkpoint(
+    whole, resumable, monkeypatch, caplog
+):
+    step = checkpoint_steps(resumable)[-1]
+    # As if the kill had come just before the next checkpoint: whole rows and a torn one.
+    with open(scratch_of(resumable) / "train.csv", "a") as rows:
+        rows.write(f"{step + 1},1,2.5,0.5,0.5\n{step + 2},1,2.")
+    with open(scratch_of(resumable) / "eval.csv", "a") as rows:
+        rows.write(f"{step},1,2.5,0.5,0.5\n")
+    with caplog.at_level("INFO"):
+        train_here(resumable, monkeypatch)
+    assert f"resuming after step {step}" in caplog.text
+    assert outcome(resumable) == outcome(whole)
+    assert list((resumable / ".scratch" / "train").iterdir()) == []
+
+
+def stop_after_resuming(folder: Path, processes: int) -> tuple[int, int]:
+    """Resume, send SIGTERM after one more checkpoint; return the exit code and the step of the newest checkpoint."""
+    before = checkpoint_steps(folder)[-1]
+    trainer = start(folder, processes)
+    wait_for_checkpoint(trainer, folder, after_step=before)
+    trainer.send_signal(signal.SIGTERM)
+    code = trainer.wait(timeout=300)
+    assert not (folder / "models").exists()
+    return code, checkpoint_steps(folder)[-1]
+
+
+def test_stopped_by_sigterm_loses_no_step_and_resumes_to_the_same_result(whole, resumable, monkeypatch):
+    code, step = stop_after_resuming(resumable, processes=1)
+    assert code == 128 + signal.SIGTERM
+    # A killed run would leave at least the row of the step under way out of the file, or out of the checkpoint.
+    assert read_table(scratch_of(resumable) / "train.csv")[-1, 0] == step
+    assert len(checkpoint_steps(resumable)) == KEPT
+    train_here(resumable, monkeypatch)
+    assert outcome(resumable) == outcome(whole)
+
+
+def test_two_processes_killed_then_stopped_then_resumed_equal_two_undisturbed(whole_pair, tmp_path):
+    folder = prepare_folder(tmp_path)
+    victim = start(folder, processes=2)
+    wait_for_checkpoint(victim, folder)
+    kill(victim)
+    assert not (folder / "models").exists()
+    code, step = stop_after_resuming(folder, processes=2)
+    assert code != 0
+    assert read_table(scratch_of(folder) / "train.csv")[-1, 0] == step
+    log = finish(start(folder, processes=2), folder)
+    assert f"resuming after step {step}" in log
+    assert outcome(folder) == outcome(whole_pair)
+
+
+def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(whole, resumable, monkeypatch, caplog):
+    before, newest = checkpoint_steps(resumable)[-2:]
+    path = scratch_of(resumable) / f"step_{newest:08d}.safetensors"
+    os.truncate(path, path.stat().st_size // 2)
+    with caplog.at_level("INFO"):
+        train_here(resumable, monkeypatch)
+    assert f"{path.name} is damaged" in caplog.text and f"resuming after step {before}" in caplog.text
+    assert outcome(resumable) == outcome(whole)
+
+
+def test_with_all_checkpoints_damaged_the_run_starts_over(whole, resumable, monkeypatch, caplog):
+    for path in scratch_of(resumable).glob("step_*"):
+        path.write_bytes(b"")
+    with caplog.at_level("INFO"):
+        train_here(resumable, monkeypatch)
+    assert "resuming" not in caplog.text
+    assert outcome(resumable) == outcome(whole)
+
+
+def test_what_changes_the_cost_alone_resumes(whole, resumable, monkeypatch, caplog):
+    set_params(resumable, train={"micro_batch": 8, "checkpoint_interval": 3, "log_interval": 7})
+    step = checkpoint_steps(resumable)[-1]
+    with caplog.at_level("INFO"):
+        train_here(resumable, monkeypatch)
+    assert f"resuming after step {step}" in caplog.text
+    rows, expected = (read_table(folder / "plots" / "train" / "train.csv") for folder in (resumable, whole))
+    assert np.array_equal(rows[:step], expected[:step])
+    np.testing.assert_allclose(rows, expected, rtol=1e-2)
+
+
+def test_another_configuration_starts_on_its_own_and_leaves_the_wreck_alone(resumable, monkeypatch, caplog):
+    wreck, steps = scratch_of(resumable), checkpoint_steps(resumable)
+    set_params(resumable, train={"max_lr": 4e-3})
+    with caplog.at_level("INFO"):
+        train_here(resumable, monkeypatch)
+    assert "resuming" not in caplog.text
+    config = load_parts(resumable).config
+    rows = read_table(resumable / "plots" / "train" / "train.csv")
+    assert rows[:, LR].tolist() == [lr_at(step, config) for step in range(STEPS)]
+    assert scratch_of(resumable) == wreck and checkpoint_steps(resumable) == steps
+
+
+def test_a_second_trainer_is_refused(wreck):
+    refusal = (wreck / "refusal.txt").read_text()
+    assert refusal.startswith("train: another run of this configuration holds") and "wait for it or stop it" in refusal
+
+
+# One step.
+
+
+def gradients_of_step(folder: Path, **changed) -> tuple[list[Tensor], float, float]:
+    """Gradients that the optimizer gets in the first step, the loss and the gradient norm."""
+    set_params(folder, train={"grad_clip": 1e9, **changed})
+    parts = load_parts(folder)
+    # AdamW's first step is near the sign of the gradient, which would blow up the last bits.
+    optimizer = torch.optim.SGD(parts.model.parameters())
+    seen: list[Tensor] = []
+    optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in parts.model.parameters()))
+    stepper = Stepper(parts.model, optimizer, parts.config, parts.order, LOCAL)
+    loss, grad_norm, _ = stepper.step(0, [], TrainResult())
+    return seen, loss, grad_norm
+
+
+@pytest.mark.parametrize("micro_batch", [1, 2, 8])
+def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, micro_batch):
+    prepare_folder(tmp_path)
+    gradients, loss, grad_norm = gradients_of_step(tmp_path, micro_batch=micro_batch)
+    parts = load_parts(tmp_path)
+    expected = parts.model(*parts.order.batch(0, 0, 8))
+    expected.backward()
+    # Sums of 128 fp32 terms: the order of addition decides about the last two of seven digits.
+    assert loss == pytest.approx(expected.item(), rel=1e-6)
+    for gradient, parameter in zip(gradients, parts.model.parameters(), strict=True):
+        torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
+    norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
+    assert grad_norm == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_the_norm_is_recorded_before_clipping_and_applied_after(tmp_path):
+    prepare_folder(tmp_path)
+    free, _, free_norm = gradients_of_step(tmp_path)
+    clipped, _, recorded = gradients_of_step(tmp_path, grad_clip=1e-3)
+    assert recorded == free_norm > 0.1
+    for small, large in zip(clipped, free, strict=True):
+        torch.testing.assert_close(small, large * (1e-3 / free_norm), rtol=1e-4, atol=1e-9)
+
+
+def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path):
+    parts = load_parts(prepare_folder(tmp_path))
+    # Finite, and too large to compute with.
+    nn.init.constant_(parts.model.h[1].mlp.c_fc.weight, 3e38)
+    before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
+    optimizer = torch.optim.SGD(parts.model.parameters())
+    loss, grad_norm, _ = Stepper(parts.model, optimizer, parts.config, parts.order, LOCAL).step(0, [], TrainResult())
+    assert not (math.isfinite(loss) and math.isfinite(grad_norm))
+    assert all(torch.equal(tensor, before[name]) for name, tensor in parts.model.state_dict().items())
+
+
+def test_one_batch_is_learned_by_heart(tmp_path):
+    # One epoch is one batch, so that every step sees the same windows.
+    prepare_folder(tmp_path, train_bytes=128, train={"max_lr": 3e-2, "max_steps": 120, "eval_interval": 1000})
+    parts = load_parts(tmp_path)
+    assert parts.order.windows_per_epoch == parts.order.batch_windows
+    scratch = tmp_path / "scratch"
+    scratch.mkdir()
+    rows = fit(parts.model, parts.config, parts.order, parts.evaluation, LOCAL, scratch).train_rows
+    assert rows[0][LOSS] > 5 and rows[-1][LOSS] < 0.1
+
+
+def test_signal_handlers_are_put_back(tmp_path):
+    prepare_folder(tmp_path, train={"max_steps": 11})
+    parts = load_parts(tmp_path)
+    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
+    fit(parts.model, parts.config, parts.order, parts.evaluation, LOCAL, tmp_path)
+    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+# Divergence is a result.
+
+
+@pytest.mark.parametrize(("max_lr", "finite"), [(3.0, True), (1e4, False)], ids=["explodes", "overflows"])
+def test_a_diverging_run_ends_well_and_says_so(tmp_path, monkeypatch, max_lr, finite):
+    prepare_folder(tmp_path, train={"max_lr": max_lr, "warmup_steps": 0, "eval_interval": 1, "eval_tokens": 64})
+    train_here(tmp_path, monkeypatch)
+    figures = read_json(tmp_path / "metrics" / "train.json")
+    rows, evals = (read_table(tmp_path / "plots" / "train" / f"{name}.csv") for name in ("train", "eval"))
+    step = figures["diverged_at_step"]
+    assert (figures["diverged"], figures["steps"]) == (1, step) and 0 < step < STEPS
+    assert rows[:, 0].tolist() == list(range(1, step + 1)) and np.isfinite(rows).all()
+    assert evals[:, 0].tolist() == list(range(step + 1))
+    assert step >= 32 if finite else step < 32
+    # The saved weights are those of the last row, not of an update that no row tells of.
+    model, parts = load_model(tmp_path / "models" / "gpt2"), load_parts(tmp_path)
+    assert all(parameter.isfinite().all() for parameter in model.parameters())
+    saved_loss = mean_loss(model, parts.evaluation.windows, parts.config.micro_batch)
+    assert saved_loss == figures["val_loss"] == evals[-1, 2]
+    assert figures["stalled"] == 1 and math.isfinite(figures["val_perplexity"])
+    assert list((tmp_path / ".scratch" / "train").iterdir()) == []
+
+
+# Refusals.
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        (
+            {"tokens_per_step": 100},
+            r"train\.tokens_per_step = 100 must be a multiple of 16 \(model\.block_size\); nearest values: 96, 112$",
+        ),
+        (
+            {"tokens_per_step": 112},
+            r"train\.tokens_per_step = 112 must be a multiple of 32 \(model\.block_size × train\.micro_batch × "
+            r"processes = 16 × 2 × 1\); nearest values: 96, 128$",
+        ),
+        ({"tokens_per_step": 16}, r"tokens_per_step = 16 must be a multiple of 32 .* nearest values: 32$"),
+        (
+            {"tokens_per_step": 16384},
+            r"data/tokens/train has 8008 tokens, too few for one batch of 16384 \+ 1; lower train\.tokens_per_step",
+        ),
+        ({"eval_tokens": 5000}, r"data/tokens/val has 4004 tokens; 4993 are needed for 5000"),
+        ({"warmup_steps": 80}, r"warmup_steps=80 must be less than max_steps=80"),
+        ({"micro_batch": 0}, r"tiny\.train\.micro_batch = 0"),
+    ],
+)
+def test_what_cannot_work_is_refused_before_any_work(tmp_path, monkeypatch, caplog, changed, message):
+    prepare_folder(tmp_path, train=changed)
+    with caplog.at_level("INFO"), pytest.raises(SystemExit, match=rf"^train: .*{message}"):
+        train_here(tmp_path, monkeypatch)
+    # Not even the first validation.
+    assert "val loss" not in caplog.text
+    assert not any((tmp_path / name).exists() for name in ("models", "plots", "metrics"))
+
+
+def test_accumulation_follows_from_the_tokens_of_a_step():
+    config = params.build(TrainConfig, {**SECTIONS["train"], "tokens_per_step": 768, "micro_batch": 4}, "tiny.train")
+    assert config.batch_windows(16) == 48
+    assert [config.accumulation(16, processes) for processes in (1, 2, 3, 12)] == [12, 6, 4, 1]
+    with pytest.raises(UserError, match=r"= 16 × 4 × 5\); nearest values: 640, 960$"):
+        config.accumulation(16, 5)
