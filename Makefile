@@ -15,6 +15,7 @@ $(VENV)/.installed: requirements.lock
 		f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; run make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
+	$(VENV)/bin/python -m gpt2.plots_page
 	touch $@
 
 repro: setup  ## the whole pipeline at the scale of params.yaml

@@ -50,10 +50,14 @@ def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optim
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optim.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
-    with atomic_path(folder / f"step_{state['step']:08d}.safetensors") as temporary:
+    path = folder / f"step_{state['step']:08d}.safetensors"
+    with atomic_path(path) as temporary:
         save_file({k: v.contiguous() for k, v in tensors.items()}, temporary, {"state": json.dumps(state)})
-    for old in _checkpoints(folder)[KEPT:]:
-        old.unlink()
+    found = _checkpoints(folder)
+    newest = found.index(path)
+    # Files of later steps are damaged: this run passed them over when it resumed.
+    for other in found[:newest] + found[newest + KEPT :]:
+        other.unlink()
 
 
 def load_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer) -> dict | None:

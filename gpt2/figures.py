@@ -79,7 +79,7 @@ def draw_benchmark(results: Results) -> Figure:
 
 
 def draw_norm_study(results: Results) -> Figure:
-    """Loss and gradient norm of all norms under the same learning rate, warm-up and seed."""
+    """Loss and gradient norm of all norms under the same learning rate, warm-up and seed, with running medians."""
     figure, panels = _panels(2, 3.6)
     runs = results.table("norm_study/runs.csv", ["norm", "diverged_at_step"])
     # The curves are those of the first run of each norm.
@@ -88,7 +88,10 @@ def draw_norm_study(results: Results) -> Figure:
     for axes, (name, label) in zip(panels, labels.items(), strict=True):
         table = results.table(f"norm_study/{name}.csv", ["step", *shown])
         for norm, diverged_at_step in shown.items():
-            axes.plot(table["step"], table[norm], color=NORM_COLOURS[norm], linewidth=1.2, label=norm)
+            axes.plot(table["step"], table[norm], color=NORM_COLOURS[norm], linewidth=0.8, alpha=0.25)
+            median = table[norm].rolling(1 + len(table) // 25, center=True, min_periods=1).median()
+            median = median.where(table[norm].notna())
+            axes.plot(table["step"], median, color=NORM_COLOURS[norm], linewidth=1.8, label=norm)
             if diverged_at_step >= 0:
                 _fault(axes, diverged_at_step, NORM_COLOURS[norm])
         axes.set(xlabel="Step", ylabel=label)

@@ -12,6 +12,7 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 import tiktoken
@@ -65,8 +66,8 @@ def _harness(item: dict, ending: str, encoding: tiktoken.Encoding) -> tuple[list
     context = _clean(f"{item['activity_label']}: {item['ctx_a']} {item['ctx_b'].capitalize()}")
     ending = _clean(ending)
     ids = encoding.encode_ordinary(f"{context} {ending}")
-    # The harness moves trailing spaces of a context into the continuation; cleaning has stripped them.
-    return ids, len(ids) - len(encoding.encode_ordinary(context)), len(ending)
+    # Cleaning may leave spaces at the end of a context; the harness counts them to the continuation.
+    return ids, len(ids) - len(encoding.encode_ordinary(context.rstrip())), len(ending)
 
 
 def _clean(text: str) -> str:
@@ -108,7 +109,7 @@ def load_benchmark(path: Path) -> Benchmark:
         with np.load(path, allow_pickle=False) as arrays:
             protocols = {name: TokenizedItems(*(arrays[f"{name}_{field}"] for field in fields)) for name in PROTOCOLS}
             return Benchmark(arrays["labels"], protocols)
-    except (OSError, KeyError, ValueError) as error:
+    except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}); run `dvc repro -f tokenize`") from error
 
 

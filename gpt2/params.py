@@ -20,12 +20,13 @@ from gpt2.files import UserError
 
 PARAMS_FILE = Path("params.yaml")
 SCALES = ("tiny", "short", "full")
+REMEDY = f"; change it in {PARAMS_FILE} or with `dvc exp run -S KEY=VALUE`"
 
 
 class Config(BaseModel):
-    """Base of all parameter sections: strict types, no unknown keys, immutable."""
+    """Base of all parameter sections: strict types, finite numbers, no unknown keys, immutable."""
 
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=True)
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
 
 C = TypeVar("C", bound=Config)
@@ -70,26 +71,25 @@ def load(section: str, cls: type[C], values: dict | None = None, **known) -> C:
     scale = active_scale(values)
     if section not in values[scale]:
         raise UserError(f"{PARAMS_FILE} lacks the section {scale}.{section}; copy it from another scale and adapt it")
-    remedy = f"; change it in {PARAMS_FILE} or with `dvc exp run -S KEY=VALUE`"
-    return build(cls, values[scale][section], f"{scale}.{section}", remedy, **known)
+    return build(cls, values[scale][section], f"{scale}.{section}", REMEDY, **known)
 
 
 def build(cls: type[C], section: object, path: str, remedy: str = "", **known) -> C:
-    """Validate a mapping read from `path` (a dotted key) strictly into `cls`; faults end with `remedy`."""
+    """Validate a mapping read from `path` (a dotted key, or "") strictly into `cls`; faults end with `remedy`."""
     if not isinstance(section, dict):
         raise UserError(f"{path} = {section!r} must be a map of {', '.join(cls.model_fields)}")
     if twice := sorted(known.keys() & section.keys()):
         raise UserError(f"{path} must not set {', '.join(twice)}: it is given elsewhere; remove it")
     try:
-        # Through JSON, because strict mode takes a list for a tuple only there.
-        return cls.model_validate_json(json.dumps({**section, **known}))
+        # Through JSON, because strict mode takes a list for a tuple only there. JSON has no dates, as YAML has.
+        return cls.model_validate_json(json.dumps({**section, **known}, default=str))
     except ValidationError as error:
         raise UserError("\n".join(_explain(fault, cls, path, known) + remedy for fault in error.errors())) from error
 
 
 def _explain(fault: dict, cls: type[Config], path: str, known: Iterable[str]) -> str:
     location = [str(part) for part in fault["loc"]]
-    key = ".".join(location if location and location[0] in known else [path, *location])
+    key = ".".join(location if not path or (location and location[0] in known) else [path, *location])
     rule = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"{key} is missing"

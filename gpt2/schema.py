@@ -8,7 +8,7 @@ from gpt2.heads import HeadsConfig
 from gpt2.hellaswag import HellaswagConfig
 from gpt2.model import GPTConfig, Norm
 from gpt2.norm_study import NormStudyConfig
-from gpt2.params import PARAMS_FILE, SCALES, Config, active_scale, build, load
+from gpt2.params import PARAMS_FILE, REMEDY, SCALES, Config, active_scale, build, load
 from gpt2.prepare import PrepareConfig
 from gpt2.prune import PruneConfig
 from gpt2.tokenize import TokenizeConfig
@@ -42,16 +42,16 @@ def check(values: dict) -> None:
     """Check params.yaml as parsed. Raises UserError with a line for every fault of every scale."""
     faults: list[str] = []
 
-    def attempt(action, *args, **kwargs):
+    def attempt(action, *args, place: str = "", **kwargs):
         try:
             return action(*args, **kwargs)
         except UserError as error:
-            faults.append(str(error))
+            faults.append(f"{place}{error}")
             return None
 
     if unknown := sorted(values.keys() - {"norm", "scale", *SCALES}):
         faults.append(f"{', '.join(unknown)}: not a key of {PARAMS_FILE}; known: norm, scale, {', '.join(SCALES)}")
-    attempt(build, Top, {k: v for k, v in values.items() if k == "norm"}, PARAMS_FILE.name)
+    attempt(build, Top, {key: value for key, value in values.items() if key == "norm"}, "", REMEDY)
     attempt(active_scale, values)
     for scale in SCALES:
         block = values.get(scale)
@@ -65,16 +65,16 @@ def check(values: dict) -> None:
         configs = {
             section: attempt(load, section, cls, scaled, **known.get(section, {})) for section, cls in SECTIONS.items()
         }
-        _check_together(configs, attempt)
+        _check_together(scale, configs, attempt)
     if faults:
         raise UserError("\n" + "\n".join(faults))
 
 
-def _check_together(configs: dict[str, Config | None], attempt) -> None:
+def _check_together(scale: str, configs: dict[str, Config | None], attempt) -> None:
     """Rules that span sections, checked where the sections themselves are sound."""
     tokenize, train, model, hardware = (configs[name] for name in ("tokenize", "train", "model", "hardware"))
     if tokenize:
-        attempt(load_encoding, tokenize.encoding)
+        attempt(load_encoding, tokenize.encoding, place=f"{scale}: ")
     if train and model and hardware:
         processes = 1 if hardware.nproc == "gpu" else hardware.nproc
-        attempt(train.accumulation, model.block_size, processes)
+        attempt(train.accumulation, model.block_size, processes, place=f"{scale}: ")

@@ -6,7 +6,6 @@ are those of the whole batch.
 
 import csv
 import logging
-import math
 import os
 import signal
 import time
@@ -63,7 +62,6 @@ class TrainConfig(OptimConfig):
 
     def accumulation(self, block_size: int, world_size: int) -> int:
         """Micro-batches of one step in one process. Raises UserError if the step does not divide into them."""
-        self.batch_windows(block_size)
         unit = block_size * self.micro_batch * world_size
         if self.tokens_per_step % unit:
             rule = (
@@ -138,11 +136,13 @@ def fit(
             if step % config.eval_interval == 0:
                 _evaluate(model, evaluation, config, step, result, eval_log, dist)
             with result.timing("step"):
-                loss, grad_norm, stopping = stepper.step(step, stop, result)
+                loss, grad_norm, stopping = stepper.backward(step, stop, result)
             if watch.update(loss, grad_norm):
                 log.warning("diverged at step %d: loss %.4f, gradient norm %.4f", step, loss, grad_norm)
                 result.diverged_at_step = step
                 break
+            with result.timing("step"):
+                stepper.update(step)
             result.steps_timed += 1
             row = [step + 1, (step + 1) * config.tokens_per_step, loss, lr_at(step, config), grad_norm]
             _record(row, result.train_rows, train_log)
@@ -152,13 +152,14 @@ def fit(
                 with result.timing("save"):
                     _save(scratch, model, optimizer, step + 1, train_log, eval_log, dist)
             if stopping:
-                raise SystemExit(128 + stopping)
+                # The signal may have reached another process only.
+                raise SystemExit(128 + max(stop, default=signal.SIGTERM))
         _evaluate(model, evaluation, config, len(result.train_rows), result, eval_log, dist)
     return result
 
 
 class Stepper:
-    """One optimizer step: forward and backward over this process's share of the batch, clipping, update."""
+    """One optimizer step: forward and backward over this process's share of the batch, clipping; then the update."""
 
     def __init__(
         self, model: GPT, optimizer: torch.optim.Optimizer, config: TrainConfig, order: TrainOrder, dist: Dist
@@ -170,10 +171,11 @@ class Stepper:
         if dist.world_size > 1:
             self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
 
-    def step(self, step: int, stop: list[int], result: TrainResult) -> tuple[float, float, int]:
-        """Run `step`; return the mean loss of the whole batch, the gradient norm, and the signal that asks to stop.
+    def backward(self, step: int, stop: list[int], result: TrainResult) -> tuple[float, float, bool]:
+        """Leave the clipped gradients of `step` in the parameters.
 
-        If either number is not finite the weights stay as they were.
+        Return the mean loss of the whole batch, the gradient norm before clipping, and whether a signal in `stop` of
+        any process asks to end.
         """
         config, dist = self.config, self.dist
         # Loss and stop signal share one reduction: all processes leave at the same step.
@@ -192,14 +194,16 @@ class Stepper:
                 loss.backward()
             shared[0] += loss.detach().double() / dist.world_size
         grad_norm = nn.utils.clip_grad_norm_(self.parameters, config.grad_clip).item()
-        shared[1] = max(stop, default=0)
+        shared[1] = len(stop)
         loss, stopping = dist.sum(shared).tolist()
-        if math.isfinite(loss) and math.isfinite(grad_norm):
-            for group in self.optimizer.param_groups:
-                group["lr"] = lr_at(step, config)
-            self.optimizer.step()
+        return loss, grad_norm, stopping > 0
+
+    def update(self, step: int) -> None:
+        """Take the step that the gradients tell, and drop them."""
+        for group in self.optimizer.param_groups:
+            group["lr"] = lr_at(step, self.config)
+        self.optimizer.step()
         self.optimizer.zero_grad(set_to_none=True)
-        return loss, grad_norm, int(stopping)
 
 
 def _evaluate(

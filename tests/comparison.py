@@ -32,8 +32,7 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Tolerance:
-    """How far a metric may be from the recorded one: `absolute`, or `relative` to the recorded value if that is more.
-    """
+    """How far a metric may be from the recorded value: `absolute`, or `relative` to that value if it is more."""
 
     absolute: float = 0.0
     relative: float = 0.0

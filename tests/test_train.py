@@ -110,7 +110,7 @@ def test_the_resume_state_is_gone_after_success(whole, whole_pair):
 
 def test_two_processes_train_as_one(whole, whole_pair):
     one, two = (read_table(folder / "plots" / "train" / "train.csv") for folder in (whole, whole_pair))
-    assert np.array_equal(one[:, : LOSS], two[:, : LOSS]) and np.array_equal(one[:, LR], two[:, LR])
+    assert np.array_equal(one[:, :LOSS], two[:, :LOSS]) and np.array_equal(one[:, LR], two[:, LR])
     # The halves of a gradient are summed in another order, so its last bits differ; each step passes that on.
     np.testing.assert_allclose(two[:2, LOSS], one[:2, LOSS], rtol=1e-6)
     np.testing.assert_allclose(two[:2, GRAD_NORM], one[:2, GRAD_NORM], rtol=1e-5)

@@ -41,13 +41,13 @@ SECTIONS = {
     "train": {
         **ADAM,
         "seed": 1337,
-        "max_steps": 80,
+        "max_steps": 120,
         "tokens_per_step": 128,
         "micro_batch": 2,
         "precision": "float32",
         "compile": False,
-        "max_lr": 5e-3,
-        "min_lr": 5e-4,
+        "max_lr": 2e-3,
+        "min_lr": 2e-4,
         "warmup_steps": 10,
         "eval_interval": 25,
         "checkpoint_interval": 8,
@@ -60,7 +60,7 @@ SECTIONS = {
         **SHAPE,
         **ADAM,
         "norms": ["preln", "postln", "deepnorm"],
-        "max_lrs": [1e-3, 1e5],
+        "max_lrs": [5e-3, 1e5],
         "warmup_steps": [5],
         "seeds": [1, 2],
         "max_steps": 40,
@@ -199,7 +199,12 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def outcome(folder: Path) -> dict[str, bytes]:
     """All that a run must reproduce bit for bit."""
-    names = ("models/gpt2/model.safetensors", "models/gpt2/config.json", "plots/train/train.csv", "plots/train/eval.csv")
+    names = (
+        "models/gpt2/model.safetensors",
+        "models/gpt2/config.json",
+        "plots/train/train.csv",
+        "plots/train/eval.csv",
+    )
     return {name: (folder / name).read_bytes() for name in (*names, "metrics/train.json")}
 
 

@@ -1,0 +1,161 @@
+"""Training throughput on the CPU: this project beside transformers and nanoGPT, in one run on the same tokens.
+
+    python -m bench [--nanogpt DIR]        # make bench NANOGPT=DIR; DIR holds nanoGPT's model.py
+
+Every row trains the tiny model of params.yaml in fp32 with AdamW and gradient clipping, on the same batches of
+data/tokens, with as many threads in all as hardware.threads says. The rows are processes of their own that wait for
+their turn; they take turns ROUNDS times, so that a slow minute of the machine meets all of them, and the median of the
+rounds counts. Memory is the largest resident set of the training processes.
+
+The limit is arithmetic: a token costs 6 operations per weight of a matrix product and 12 L C T for attention, forward
+and backward (Chowdhery et al. 2022, "PaLM", appendix B), and no step is faster than these at the rate of the machine's
+fastest large fp32 matrix product. The last column is the share of that rate which a row reaches. Nothing is counted for
+softmax, norms, GELU, the optimizer or memory traffic, so that 100 % is out of reach: at this shape the classifier over
+50,257 ids is seven eighths of the operations, with a depth of 128 channels only.
+"""
+
+import argparse
+import json
+import platform
+import select
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+from gpt2.files import UserError, write_text
+from gpt2.hardware import HardwareConfig
+from gpt2.params import load, read
+
+ROUNDS, STEPS = 5, 2
+# A row that is not ready by then, which only compiling can bring about, is left out.
+START_SECONDS = 120
+RESULT = Path("bench/results/train_cpu.md")
+TOKENS = Path("data/tokens/train.json")
+TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
+NANOGPT = "nanoGPT, eager"
+
+
+class Row:
+    """A training process that runs a few steps whenever asked, and what it reported of them."""
+
+    def __init__(self, name: str, launcher: Sequence[str], *arguments: str):
+        self.name, self.tokens_per_s, self.last = name, [], {}
+        command = [sys.executable, *launcher, "-m", "bench.train", *arguments]
+        self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+
+    def run(self, steps: int, limit_seconds: float | None = None) -> dict:
+        """Train so many steps; tokens/s, loss of the last one, and peak memory in GiB so far. Empty past the limit."""
+        self._process.stdin.write(f"{steps}\n")
+        self._process.stdin.flush()
+        if not select.select([self._process.stdout], [], [], limit_seconds)[0]:
+            self._process.terminate()
+            return {}
+        line = self._process.stdout.readline()
+        if not line:
+            raise UserError(
+                f"{self.name}: the process ended with status {self._process.wait()}, see its messages above"
+            )
+        self.last = json.loads(line)
+        return self.last
+
+    def measure(self) -> None:
+        self.tokens_per_s.append(self.run(STEPS)["tokens_per_s"])
+
+    def stop(self) -> None:
+        self._process.stdin.close()
+        self._process.wait()
+
+
+def start_rows(nanogpt: Path | None) -> list[Row]:
+    """Start every row and let it warm up, one after the other."""
+    wanted = [
+        ("this project, 1 process", (), ("ours",)),
+        ("this project, torchrun with 2 processes", TORCHRUN, ("ours",)),
+        ("transformers GPT2LMHeadModel, eager", (), ("transformers",)),
+    ]
+    if nanogpt:
+        wanted.append((NANOGPT, (), ("nanogpt", str(nanogpt))))
+        if shutil.which("c++") or shutil.which("g++") or shutil.which("clang++"):
+            wanted.append(("nanoGPT, torch.compile", (), ("nanogpt", str(nanogpt), "--compile")))
+        else:
+            sys.stderr.write("no C++ compiler: nanoGPT with torch.compile is left out\n")
+    rows = []
+    for name, launcher, arguments in wanted:
+        started = time.monotonic()
+        row = Row(name, launcher, *arguments)
+        ready = bool(row.run(1, START_SECONDS))
+        sys.stderr.write(f"{name}: {'ready' if ready else 'given up'} after {time.monotonic() - started:.0f} s\n")
+        rows += [row] * ready
+    return rows
+
+
+def measure_peak() -> dict:
+    """GFLOP/s of the fastest large fp32 matrix product, and the operations of one token."""
+    command = [sys.executable, "-m", "bench.train", "peak"]
+    return json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+
+
+def tabulate(rows: Sequence[Row], peak: dict) -> str:
+    """The Markdown table, with ratios to nanoGPT's eager row, or to transformers' without it."""
+    speeds = {row.name: median(row.tokens_per_s) for row in rows}
+    base = NANOGPT if NANOGPT in speeds else "transformers GPT2LMHeadModel, eager"
+    limit = 1e9 * peak["gflops"] / peak["flops_per_token"]
+    lines = [
+        f"| | tokens/s | spread | ratio to {base} | peak memory (GiB) | loss | of the limit |",
+        "|---|" + "--:|" * 6,
+    ]
+    for row in rows:
+        speed, spread = speeds[row.name], f"{min(row.tokens_per_s):,.0f} – {max(row.tokens_per_s):,.0f}"
+        lines.append(
+            f"| {row.name} | {speed:,.0f} | {spread} | {speed / speeds[base]:.2f} | "
+            f"{row.last['peak_memory_gib']:.2f} | {row.last['loss']:.3f} | {100 * speed / limit:.0f} % |"
+        )
+    return "\n".join(lines) + (
+        f"\n\nLimit: {limit:,.0f} tokens/s, {peak['gflops']:.0f} GFLOP/s measured over "
+        f"{peak['flops_per_token'] / 1e6:.1f} million operations per token."
+    )
+
+
+def describe_run(threads: int, argv: Sequence[str]) -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
+    named = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
+    model = named.get("model name") or platform.processor()
+    family = f", family {named['cpu family']}, model {named['model']}" if "cpu family" in named else ""
+    return (
+        f"# Training throughput on the CPU\n\n{date.today()}, {model}{family}, {threads} threads; medians of {ROUNDS} "
+        f"interleaved rounds of {STEPS} steps, after a warm-up.\n\n```\npython -m bench {' '.join(argv)}".rstrip()
+        + "\n```\n\n"
+    )
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, whose model.py is measured")
+    nanogpt = parser.parse_args(argv).nanogpt
+    if nanogpt and not (nanogpt / "model.py").is_file():
+        raise SystemExit(f"bench: {nanogpt}/model.py does not exist; give --nanogpt a checkout of nanoGPT")
+    if not TOKENS.is_file():
+        raise SystemExit(f"bench: {TOKENS} does not exist; run make repro")
+    threads = load("hardware", HardwareConfig, {**read(), "scale": "tiny"}).threads
+    peak = measure_peak()
+    rows = start_rows(nanogpt)
+    for _ in range(ROUNDS):
+        for row in rows:
+            row.measure()
+    for row in rows:
+        row.stop()
+    # A path of this machine is nobody else's.
+    shown = ["--nanogpt DIR"] if nanogpt else []
+    text = f"{describe_run(threads, shown)}{tabulate(rows, peak)}\n"
+    write_text(RESULT, text)
+    print(text)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])

@@ -1,0 +1,300 @@
+"""The comparison of two runs of the pipeline, on invented locks and metrics, and a small pipeline really rebuilt."""
+
+import copy
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from gpt2.files import UserError, read_json, write_json, write_text
+from tests import verify
+from tests.comparison import TOLERANCES, digest, list_deviations
+from tests.pipeline import STAGES, all_written
+from tests.processor import INSTRUCTIONS, describe_processor, list_differences, read_cpuinfo
+from tests.verify import RECORD, Run, judge
+
+HERE = {"architecture": "x86_64", "vendor": "AuthenticAMD", "torch_kernels": "AVX512"}
+ELSEWHERE = {"architecture": "x86_64", "vendor": "GenuineIntel", "torch_kernels": "AVX2"}
+
+
+def invent_entry(stage: str, **outs: str) -> dict:
+    return {
+        "cmd": f"python -m stages.{stage}",
+        "deps": [{"path": f"stages/{stage}.py", "md5": "c0de"}, {"path": "data/in", "md5": "1"}],
+        "params": {"params.yaml": {f"tiny.{stage}": {"seed": 1}}},
+        "outs": [{"path": path.replace("__", "/"), "md5": md5} for path, md5 in outs.items()],
+    }
+
+
+def invent_run() -> Run:
+    stages = {
+        "tokenize": invent_entry("tokenize", data__tokens="aa.dir", **{"metrics/tokens.json": "bb"}),
+        "train": invent_entry(
+            "train", models__gpt2="cc.dir", **{"metrics/train.json": "dd", "metrics/speed/train.json": "ee"}
+        ),
+        "report": invent_entry("report", **{"report.md": "ff", "plots/report": "gg.dir"}),
+    }
+    train = {"steps": 440, "val_loss": 4.0, "hellaswag_acc": 0.30, "diverged": 0, "val_perplexity": 54.6}
+    return Run(stages, {"tokens": {"tokens_train": 1000}, "train": train})
+
+
+def set_md5(run: Run, path: str, md5: str) -> None:
+    next(out for entry in run.stages.values() for out in entry["outs"] if out["path"] == path)["md5"] = md5
+
+
+@pytest.fixture
+def runs() -> tuple[Run, Run]:
+    return invent_run(), invent_run()
+
+
+@pytest.mark.parametrize("processor", [HERE, ELSEWHERE], ids=["same", "another"])
+def test_equal_results_pass_on_any_processor(runs, processor):
+    holds, report = judge(*runs, HERE, processor)
+    assert holds and "5 of 5 results are equal bit for bit" in report and "not bit for bit" not in report
+    assert report.endswith("PASSED")
+
+
+@pytest.mark.parametrize("path", ["metrics/speed/train.json", "report.md"])
+def test_measured_times_may_differ(runs, path):
+    set_md5(runs[1], path, "other")
+    assert judge(*runs, HERE, HERE)[0]
+
+
+@pytest.mark.parametrize("path", ["models/gpt2", "metrics/tokens.json", "plots/report"])
+def test_a_differing_result_fails_on_the_same_kind_of_processor(runs, path):
+    set_md5(runs[1], path, "other")
+    holds, report = judge(*runs, HERE, dict(HERE))
+    assert not holds and report.endswith("FAILED") and "only 4 of 5 results" in report
+    assert [line.split()[1:] for line in report.splitlines() if "differs" in line] == [[path, "differs"]]
+
+
+def test_on_another_processor_trained_bits_may_differ_and_that_is_said(runs):
+    for path in ("models/gpt2", "metrics/train.json", "plots/report"):
+        set_md5(runs[1], path, "other")
+    runs[1].metrics["train"]["val_loss"] = 4.07
+    holds, report = judge(*runs, HERE, ELSEWHERE)
+    assert holds and "2 of 5 results are equal bit for bit" in report and "reproduced, not bit for bit" in report
+    assert "vendor: GenuineIntel (recorded: AuthenticAMD)" in report
+
+
+def test_on_another_processor_text_must_still_be_equal(runs):
+    set_md5(runs[1], "data/tokens", "other")
+    holds, report = judge(*runs, HERE, ELSEWHERE)
+    assert not holds and "tokenize: data/tokens differs, and text must be equal" in report and "PASSED" not in report
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("val_loss", 4.09, r"train.val_loss = 4.09, recorded 4.0, allowed ± 0.08"),
+        ("hellaswag_acc", 0.36, r"train.hellaswag_acc = 0.36"),
+        ("steps", 439, r"train.steps = 439, recorded 440, allowed ± 0"),
+        ("diverged", 1, r"train.diverged = 1"),
+        ("val_loss", float("nan"), r"train.val_loss = nan"),
+        ("val_loss", "4.0", r"train.val_loss = 4.0"),
+    ],
+)
+def test_on_another_processor_a_metric_beyond_its_tolerance_fails(runs, key, value, message):
+    set_md5(runs[1], "metrics/train.json", "other")
+    runs[1].metrics["train"][key] = value
+    holds, report = judge(*runs, HERE, ELSEWHERE)
+    assert not holds and message in report and "reproduced" not in report
+
+
+@pytest.mark.parametrize("processor", [HERE, ELSEWHERE], ids=["same", "another"])
+def test_a_missing_stage_fails_on_any_processor(runs, processor):
+    recorded, rebuilt = runs
+    del rebuilt.stages["report"]
+    holds, report = judge(recorded, rebuilt, HERE, processor)
+    assert not holds and report.count("missing") >= 1
+    holds, report = judge(rebuilt, recorded, HERE, processor)
+    assert not holds and report.count("unexpected") >= 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda entry: entry["deps"][0].update(md5="edited"), "train: stages/train.py was edited"),
+        (
+            lambda entry: entry["params"]["params.yaml"]["tiny.train"].update(seed=2),
+            "train: params.yaml tiny.train was",
+        ),
+        (lambda entry: entry.update(cmd="python -m stages.other"), "train: cmd was edited"),
+    ],
+)
+def test_a_lock_of_other_sources_fails_even_if_results_are_equal(runs, change, message):
+    change(runs[0].stages["train"])
+    holds, report = judge(*runs, HERE, HERE)
+    assert not holds and message in report
+
+
+def test_an_input_that_is_a_result_counts_once_as_that_result(runs):
+    runs[1].stages["train"]["deps"][1]["md5"] = "other"
+    assert judge(*runs, HERE, HERE)[0]
+
+
+def test_missing_and_new_metrics_are_deviations():
+    assert list_deviations("train", {"steps": 1, "tokens": 2}, {"steps": 1, "words": 3}) == [
+        "train.tokens is missing",
+        "train.words is new",
+    ]
+
+
+def test_tolerances_are_for_metrics_of_the_pipeline():
+    files = {Path(path).stem for path in all_written() if Path(path).parent == Path("metrics")}
+    assert {pattern.split(".")[0] for pattern in TOLERANCES} <= files | {"*"}
+    assert set(verify.TEXT_STAGES) < STAGES.keys()
+
+
+# --- the processor
+
+
+def test_a_description_names_what_decides_the_bits(tmp_path):
+    write_text(
+        tmp_path / "cpuinfo",
+        "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\nmodel\t\t: 2\nmodel name\t: EPYC\n"
+        "flags\t\t: fpu avx2 fma rdrand avx512f\n\nprocessor\t: 1\nvendor_id\t: Other\n",
+    )
+    found = describe_processor(tmp_path / "cpuinfo")
+    assert {key: found[key] for key in ("vendor", "family", "model")} == {
+        "vendor": "AuthenticAMD",
+        "family": "26",
+        "model": "2",
+    }
+    assert found["instructions"] == "fma avx2 avx512f" and "flags" not in found
+    assert len(set(INSTRUCTIONS)) == len(INSTRUCTIONS)
+
+
+def test_a_description_of_an_arm_processor(tmp_path):
+    write_text(
+        tmp_path / "cpuinfo", "processor : 0\nFeatures : fp asimd sve\nCPU implementer : 0x41\nCPU part : 0xd40\n"
+    )
+    found = read_cpuinfo(tmp_path / "cpuinfo")
+    assert found == {"vendor": "0x41", "model": "0xd40", "flags": "fp asimd sve"}
+
+
+def test_a_variable_that_steers_the_libraries_is_another_kind(monkeypatch):
+    monkeypatch.delenv("ATEN_CPU_CAPABILITY", raising=False)
+    before = describe_processor()
+    monkeypatch.setenv("ATEN_CPU_CAPABILITY", "avx2")
+    differences = list_differences(before, describe_processor())
+    assert differences == ["ATEN_CPU_CAPABILITY: avx2 (recorded: not set)"]
+    assert list_differences(before, before) == []
+
+
+# --- a small pipeline, recorded and rebuilt by DVC itself
+
+TRAIN = """\
+import json, os, pathlib, time
+for name in ("models", "metrics/speed"):
+    pathlib.Path(name).mkdir(parents=True, exist_ok=True)
+pathlib.Path("models/gpt2").write_text("weights")
+pathlib.Path("metrics/train.json").write_text(json.dumps({"val_loss": 4.0}))
+pathlib.Path("metrics/speed/train.json").write_text(json.dumps({"seconds": time.time()}))
+"""
+DVC_YAML = """\
+stages:
+  train:
+    cmd: python train.py
+    deps: [train.py]
+    outs: [models/gpt2]
+    metrics:
+      - metrics/train.json: {cache: false}
+      - metrics/speed/train.json: {cache: false}
+"""
+
+
+def run(folder: Path, *command: str) -> None:
+    path = os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])
+    environment = {
+        **os.environ,
+        "PATH": path,
+        "DVC_NO_ANALYTICS": "1",
+        "DVC_SITE_CACHE_DIR": str(folder.parent / "site"),
+    }
+    subprocess.run(command, cwd=folder, env=environment, check=True, capture_output=True)
+
+
+def commit(folder: Path) -> None:
+    run(folder, "git", "add", "--all")
+    run(folder, "git", "-c", "user.name=a", "-c", "user.email=a@b", "commit", "--quiet", "--message", "state")
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """A repository with a pipeline of one stage, run, recorded and committed."""
+    folder = tmp_path_factory.mktemp("verify") / "project"
+    write_text(folder / "train.py", TRAIN)
+    write_text(folder / "dvc.yaml", DVC_YAML)
+    write_text(folder / ".gitignore", "/models/\n")
+    run(folder, "git", "init", "--quiet")
+    run(folder, sys.executable, "-m", "dvc", "init", "--quiet")
+    run(folder, sys.executable, "-m", "dvc", "repro", "--quiet")
+    verify.main(["--record"], folder)
+    commit(folder)
+    return folder
+
+
+def test_the_committed_state_is_rebuilt_and_equal(project, capfd):
+    verify.main([], project)
+    printed = capfd.readouterr().out
+    assert "2 of 2 results are equal bit for bit" in printed and "PASSED" in printed
+    assert "Running stage 'train'" in printed, "results must be computed, not taken from the repository or a cache"
+
+
+def test_a_result_that_does_not_come_out_again_exits_with_an_error(project, tmp_path, capfd):
+    copied = tmp_path / "project"
+    run(tmp_path, "git", "clone", "--quiet", str(project), str(copied))
+    lock = (copied / "dvc.lock").read_text()
+    md5 = verify.read_run(copied).stages["train"]["outs"][-1]["md5"]
+    write_text(copied / "dvc.lock", lock.replace(md5, md5[::-1]))
+    with pytest.raises(SystemExit, match=r"belongs to another dvc\.lock; run make repro"):
+        commit(copied)
+        verify.main([], copied)
+    verify.main(["--record"], copied)
+    commit(copied)
+    with pytest.raises(SystemExit) as stopped:
+        verify.main([], copied)
+    assert stopped.value.code == 1
+    printed = capfd.readouterr().out
+    assert "models/gpt2" in printed and "only 1 of 2 results" in printed and "FAILED" in printed
+
+
+def test_uncommitted_edits_are_refused_by_name(project, tmp_path):
+    copied = tmp_path / "project"
+    run(tmp_path, "git", "clone", "--quiet", str(project), str(copied))
+    write_text(copied / "train.py", TRAIN + "# edited\n")
+    with pytest.raises(SystemExit, match=r"differ from it: train.py; commit them"):
+        verify.main([], copied)
+
+
+def test_the_record_changes_with_the_results_alone(project, tmp_path):
+    copied = tmp_path / "project"
+    run(tmp_path, "git", "clone", "--quiet", str(project), str(copied))
+    write_json(copied / RECORD, {**read_json(copied / RECORD), "processor": ELSEWHERE})
+    assert verify.record(copied) is False and read_json(copied / RECORD)["processor"] == ELSEWHERE
+    lock = (copied / "dvc.lock").read_text()
+    stages = verify.read_run(copied).stages
+    md5 = {out["path"]: out["md5"] for out in stages["train"]["outs"]}
+    write_text(copied / "dvc.lock", lock.replace(md5["metrics/speed/train.json"], "0" * 31 + "f"))
+    assert verify.record(copied) is False
+    write_text(copied / "dvc.lock", lock.replace(md5["models/gpt2"], "0" * 31 + "f"))
+    assert verify.record(copied) is True and read_json(copied / RECORD)["processor"] == describe_processor()
+
+
+def test_the_digest_depends_on_results_and_not_on_their_order():
+    stages = invent_run().stages
+    other = copy.deepcopy(stages)
+    other["train"]["outs"].reverse()
+    assert digest(other) == digest(dict(reversed(stages.items()))) == digest(stages)
+    other["train"]["outs"][-1]["md5"] = "other"
+    assert digest(other) != digest(stages)
+
+
+def test_without_a_lock_or_a_record_the_remedy_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"dvc\.lock does not exist; run make repro"):
+        verify.read_run(tmp_path)
+    with pytest.raises(UserError, match="does not exist; run make repro where the results were made"):
+        verify.read_record(tmp_path, {})
