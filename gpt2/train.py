@@ -118,7 +118,7 @@ def fit(
 ) -> TrainResult:
     """Train `model` in place for config.max_steps steps, resuming from `scratch` if it holds a checkpoint.
 
-    Stops early if the run diverges, which is a result and no error: the model then has its last finite weights. On
+    Stops early if the run diverges, which is a result and no error: the model then has the weights of the last row. On
     SIGTERM or SIGINT saves a checkpoint after the current step and exits with 128 + the signal.
     """
     optimizer = build_optimizer(model, config)

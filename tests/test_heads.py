@@ -4,7 +4,6 @@ import math
 import numpy as np
 import pytest
 import torch
-from transformers import GPT2Config, GPT2LMHeadModel
 
 from gpt2 import heads, params, redundancy
 from gpt2.files import UserError, read_json
@@ -12,6 +11,7 @@ from gpt2.heads import MATRICES, Head, HeadsConfig, attend, capture_heads, compa
 from gpt2.model import GPT
 from stages import head_similarity
 from tests.analysed import BLOCK_SIZE, SECTIONS, make_model, make_windows, prepare_folder, read_outputs
+from tests.reference import make_reference
 
 
 @pytest.fixture
@@ -51,27 +51,11 @@ def brute_force(model: GPT, idx: torch.Tensor) -> dict[str, np.ndarray]:
 
 def test_patterns_equal_those_of_transformers(idx):
     model = make_model()
-    c = model.config
-    reference = GPT2LMHeadModel(
-        GPT2Config(
-            vocab_size=c.vocab_size,
-            n_positions=c.block_size,
-            n_embd=c.n_embd,
-            n_layer=c.n_layer,
-            n_head=c.n_head,
-            attn_implementation="eager",
-        )
-    ).eval()
-    state = {}
-    for name, tensor in model.state_dict().items():
-        is_linear = name.endswith("weight") and ("attn.c_" in name or "mlp.c_" in name)
-        state[f"transformer.{name}"] = tensor.t() if is_linear else tensor
-    state["transformer.wte.weight"] = state["lm_head.weight"] = state["transformer.wte.weight"][: c.vocab_size]
-    reference.load_state_dict(state)
+    reference = make_reference(model)
     with torch.no_grad(), capture_heads(model) as captured:
         model.hidden(idx)
         expected = reference(idx, output_attentions=True).attentions
-    assert len(captured.qkv) == len(expected) == c.n_layer
+    assert len(captured.qkv) == len(expected) == model.config.n_layer
     for qkv, pattern in zip(captured.qkv, expected, strict=True):
         ours = attend(qkv, slice(0, BLOCK_SIZE)).transpose(0, 1).float()
         torch.testing.assert_close(ours, pattern, rtol=0, atol=2e-6)

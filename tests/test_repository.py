@@ -33,7 +33,7 @@ def test_locked_versions_are_exact_and_cover_the_project():
 def test_imported_packages_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
-    names = {"ruamel": "ruamel-yaml"}
+    names = {"ruamel": "ruamel-yaml", "vl_convert": "vl-convert-python"}
     files = {path.relative_to(ROOT) for folder in ("gpt2", "stages") for path in (ROOT / folder).glob("*.py")}
     imported = {canonicalize_name(names.get(name, name)) for name in imported_packages(files)}
     assert imported - declared == set()

@@ -15,12 +15,13 @@ from gpt2 import params
 from gpt2.checkpoint import KEPT
 from gpt2.evaluate import mean_loss
 from gpt2.files import UserError, read_json
-from gpt2.optim import lr_at
+from gpt2.optim import build_optimizer, lr_at
 from gpt2.train import EVAL_COLUMNS, TRAIN_COLUMNS, Stepper, TrainConfig, TrainResult, fit
 from gpt2.weights import load_model
 from tests.training_run import (
     LOCAL,
     SECTIONS,
+    Parts,
     checkpoint_steps,
     finish,
     kill,
@@ -35,7 +36,7 @@ from tests.training_run import (
     wait_for_checkpoint,
 )
 
-STEPS, INTERVAL = (SECTIONS["train"][key] for key in ("max_steps", "checkpoint_interval"))
+STEPS = SECTIONS["train"]["max_steps"]
 LOSS, LR, GRAD_NORM = (TRAIN_COLUMNS.index(name) for name in ("loss", "lr", "grad_norm"))
 
 
@@ -73,6 +74,17 @@ def wreck(tmp_path_factory) -> Path:
     return folder
 
 
+@pytest.fixture(scope="module")
+def wreck_pair(tmp_path_factory) -> Path:
+    """A run of two processes, killed together with its launcher after a checkpoint."""
+    folder = prepare_folder(tmp_path_factory.mktemp("wreck_pair"))
+    victim = start(folder, processes=2)
+    wait_for_checkpoint(victim, folder)
+    kill(victim)
+    assert not (folder / "models").exists()
+    return folder
+
+
 @pytest.fixture
 def resumable(wreck, tmp_path) -> Path:
     """A copy of the wreck to go on from."""
@@ -86,7 +98,7 @@ def test_rows_and_files_of_a_run_are_complete(whole):
     assert headers == [",".join(TRAIN_COLUMNS), ",".join(EVAL_COLUMNS)]
     assert rows[:, 0].tolist() == list(range(1, STEPS + 1))
     assert rows[:, LR].tolist() == [lr_at(step, config) for step in range(STEPS)]
-    assert evals[:, 0].tolist() == [0, 25, 50, 75, STEPS]
+    assert evals[:, 0].tolist() == [0, 25, 50, 75, 100, STEPS]
     for table in (rows, evals):
         assert (table[:, 1] == table[:, 0] * config.tokens_per_step).all()
     assert read_json(whole / "metrics" / "speed" / "train.json").keys() >= {
@@ -108,15 +120,19 @@ def test_the_resume_state_is_gone_after_success(whole, whole_pair):
         assert list((folder / ".scratch" / "train").iterdir()) == []
 
 
+def assert_same_up_to_rounding(first: Path, second: Path) -> None:
+    """Compare all rows of two runs that add up the parts of a batch in another order."""
+    ours, theirs = (read_table(folder / "plots" / "train" / "train.csv") for folder in (first, second))
+    # The last bits of a gradient differ, and AdamW passes that on from step to step; measured: 4e-7 and 2e-4.
+    np.testing.assert_allclose(ours[:, :GRAD_NORM], theirs[:, :GRAD_NORM], rtol=1e-5)
+    np.testing.assert_allclose(ours[:, GRAD_NORM], theirs[:, GRAD_NORM], rtol=1e-2)
+    np.testing.assert_allclose(ours[0], theirs[0], rtol=1e-6)
+    ours, theirs = (read_table(folder / "plots" / "train" / "eval.csv") for folder in (first, second))
+    np.testing.assert_allclose(ours, theirs, rtol=1e-5)
+
+
 def test_two_processes_train_as_one(whole, whole_pair):
-    one, two = (read_table(folder / "plots" / "train" / "train.csv") for folder in (whole, whole_pair))
-    assert np.array_equal(one[:, :LOSS], two[:, :LOSS]) and np.array_equal(one[:, LR], two[:, LR])
-    # The halves of a gradient are summed in another order, so its last bits differ; each step passes that on.
-    np.testing.assert_allclose(two[:2, LOSS], one[:2, LOSS], rtol=1e-6)
-    np.testing.assert_allclose(two[:2, GRAD_NORM], one[:2, GRAD_NORM], rtol=1e-5)
-    np.testing.assert_allclose(two[:, LOSS], one[:, LOSS], rtol=1e-3)
-    one, two = (read_table(folder / "plots" / "train" / "eval.csv") for folder in (whole, whole_pair))
-    np.testing.assert_allclose(two, one, rtol=1e-3)
+    assert_same_up_to_rounding(whole_pair, whole)
     assert read_json(whole_pair / "metrics" / "speed" / "train.json")["processes"] == 2
 
 
@@ -139,39 +155,41 @@ def test_killed_and_resumed_equals_uninterrupted_even_with_rows_beyond_the_check
     assert list((resumable / ".scratch" / "train").iterdir()) == []
 
 
-def stop_after_resuming(folder: Path, processes: int) -> tuple[int, int]:
-    """Resume, send SIGTERM after one more checkpoint; return the exit code and the step of the newest checkpoint."""
-    before = checkpoint_steps(folder)[-1]
+def stop_after_resuming(folder: Path, processes: int) -> int:
+    """Resume and send SIGTERM after one more checkpoint; return the exit code."""
     trainer = start(folder, processes)
-    wait_for_checkpoint(trainer, folder, after_step=before)
+    seen = wait_for_checkpoint(trainer, folder, after_step=checkpoint_steps(folder)[-1])
     trainer.send_signal(signal.SIGTERM)
     code = trainer.wait(timeout=300)
     assert not (folder / "models").exists()
-    return code, checkpoint_steps(folder)[-1]
+    # The step under way was finished and saved, rows and all.
+    newest = checkpoint_steps(folder)[-1]
+    assert seen < newest == read_table(scratch_of(folder) / "train.csv")[-1, 0]
+    return code
 
 
 def test_stopped_by_sigterm_loses_no_step_and_resumes_to_the_same_result(whole, resumable, monkeypatch):
-    code, step = stop_after_resuming(resumable, processes=1)
-    assert code == 128 + signal.SIGTERM
-    # A killed run would leave at least the row of the step under way out of the file, or out of the checkpoint.
-    assert read_table(scratch_of(resumable) / "train.csv")[-1, 0] == step
+    assert stop_after_resuming(resumable, processes=1) == 128 + signal.SIGTERM
     assert len(checkpoint_steps(resumable)) == KEPT
     train_here(resumable, monkeypatch)
     assert outcome(resumable) == outcome(whole)
 
 
-def test_two_processes_killed_then_stopped_then_resumed_equal_two_undisturbed(whole_pair, tmp_path):
-    folder = prepare_folder(tmp_path)
-    victim = start(folder, processes=2)
-    wait_for_checkpoint(victim, folder)
-    kill(victim)
-    assert not (folder / "models").exists()
-    code, step = stop_after_resuming(folder, processes=2)
-    assert code != 0
-    assert read_table(scratch_of(folder) / "train.csv")[-1, 0] == step
+def test_two_processes_killed_then_stopped_then_resumed_equal_two_undisturbed(whole_pair, wreck_pair, tmp_path):
+    folder = shutil.copytree(wreck_pair, tmp_path / "resumable")
+    assert stop_after_resuming(folder, processes=2) != 0
+    step = checkpoint_steps(folder)[-1]
     log = finish(start(folder, processes=2), folder)
     assert f"resuming after step {step}" in log
     assert outcome(folder) == outcome(whole_pair)
+
+
+def test_one_process_goes_on_where_two_were_killed(whole, wreck_pair, tmp_path, monkeypatch, caplog):
+    folder = shutil.copytree(wreck_pair, tmp_path / "resumable")
+    with caplog.at_level("INFO"):
+        train_here(folder, monkeypatch)
+    assert f"resuming after step {checkpoint_steps(wreck_pair)[-1]}" in caplog.text
+    assert_same_up_to_rounding(folder, whole)
 
 
 def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(whole, resumable, monkeypatch, caplog):
@@ -199,13 +217,11 @@ def test_what_changes_the_cost_alone_resumes(whole, resumable, monkeypatch, capl
     with caplog.at_level("INFO"):
         train_here(resumable, monkeypatch)
     assert f"resuming after step {step}" in caplog.text
-    rows, expected = (read_table(folder / "plots" / "train" / "train.csv") for folder in (resumable, whole))
-    assert np.array_equal(rows[:step], expected[:step])
-    np.testing.assert_allclose(rows, expected, rtol=1e-2)
+    assert_same_up_to_rounding(resumable, whole)
 
 
-def test_another_configuration_starts_on_its_own_and_leaves_the_wreck_alone(resumable, monkeypatch, caplog):
-    wreck, steps = scratch_of(resumable), checkpoint_steps(resumable)
+def test_another_configuration_starts_on_its_own_and_leaves_the_other_alone(resumable, monkeypatch, caplog):
+    left, steps = scratch_of(resumable), checkpoint_steps(resumable)
     set_params(resumable, train={"max_lr": 4e-3})
     with caplog.at_level("INFO"):
         train_here(resumable, monkeypatch)
@@ -213,7 +229,7 @@ def test_another_configuration_starts_on_its_own_and_leaves_the_wreck_alone(resu
     config = load_parts(resumable).config
     rows = read_table(resumable / "plots" / "train" / "train.csv")
     assert rows[:, LR].tolist() == [lr_at(step, config) for step in range(STEPS)]
-    assert scratch_of(resumable) == wreck and checkpoint_steps(resumable) == steps
+    assert scratch_of(resumable) == left and checkpoint_steps(resumable) == steps
 
 
 def test_a_second_trainer_is_refused(wreck):
@@ -224,27 +240,24 @@ def test_a_second_trainer_is_refused(wreck):
 # One step.
 
 
-def gradients_of_step(folder: Path, **changed) -> tuple[list[Tensor], float, float]:
-    """Gradients that the optimizer gets in the first step, the loss and the gradient norm."""
+def first_gradients(folder: Path, **changed) -> tuple[list[Tensor], float, float]:
+    """Gradients of the first step as the optimizer would get them, the loss and the gradient norm."""
     set_params(folder, train={"grad_clip": 1e9, **changed})
     parts = load_parts(folder)
-    # AdamW's first step is near the sign of the gradient, which would blow up the last bits.
-    optimizer = torch.optim.SGD(parts.model.parameters())
-    seen: list[Tensor] = []
-    optimizer.register_step_pre_hook(lambda *_: seen.extend(p.grad.clone() for p in parts.model.parameters()))
-    stepper = Stepper(parts.model, optimizer, parts.config, parts.order, LOCAL)
-    loss, grad_norm, _ = stepper.step(0, [], TrainResult())
-    return seen, loss, grad_norm
+    stepper = Stepper(parts.model, build_optimizer(parts.model, parts.config), parts.config, parts.order, LOCAL)
+    loss, grad_norm, stopping = stepper.backward(0, [], TrainResult())
+    assert not stopping
+    return [parameter.grad for parameter in parts.model.parameters()], loss, grad_norm
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
 def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, micro_batch):
     prepare_folder(tmp_path)
-    gradients, loss, grad_norm = gradients_of_step(tmp_path, micro_batch=micro_batch)
+    gradients, loss, grad_norm = first_gradients(tmp_path, micro_batch=micro_batch)
     parts = load_parts(tmp_path)
     expected = parts.model(*parts.order.batch(0, 0, 8))
     expected.backward()
-    # Sums of 128 fp32 terms: the order of addition decides about the last two of seven digits.
+    # Sums of 128 fp32 terms: the order of addition decides about the last digits of seven.
     assert loss == pytest.approx(expected.item(), rel=1e-6)
     for gradient, parameter in zip(gradients, parts.model.parameters(), strict=True):
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
@@ -254,21 +267,25 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, micro_batc
 
 def test_the_norm_is_recorded_before_clipping_and_applied_after(tmp_path):
     prepare_folder(tmp_path)
-    free, _, free_norm = gradients_of_step(tmp_path)
-    clipped, _, recorded = gradients_of_step(tmp_path, grad_clip=1e-3)
+    free, _, free_norm = first_gradients(tmp_path)
+    clipped, _, recorded = first_gradients(tmp_path, grad_clip=1e-3)
     assert recorded == free_norm > 0.1
     for small, large in zip(clipped, free, strict=True):
         torch.testing.assert_close(small, large * (1e-3 / free_norm), rtol=1e-4, atol=1e-9)
 
 
-def test_a_step_that_is_not_finite_leaves_the_weights_alone(tmp_path):
+def fit_here(parts: Parts, scratch: Path) -> TrainResult:
+    scratch.mkdir(exist_ok=True)
+    return fit(parts.model, parts.config, parts.order, parts.evaluation, LOCAL, scratch)
+
+
+def test_a_loss_that_is_not_finite_changes_no_weight(tmp_path):
     parts = load_parts(prepare_folder(tmp_path))
     # Finite, and too large to compute with.
     nn.init.constant_(parts.model.h[1].mlp.c_fc.weight, 3e38)
     before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
-    optimizer = torch.optim.SGD(parts.model.parameters())
-    loss, grad_norm, _ = Stepper(parts.model, optimizer, parts.config, parts.order, LOCAL).step(0, [], TrainResult())
-    assert not (math.isfinite(loss) and math.isfinite(grad_norm))
+    result = fit_here(parts, tmp_path)
+    assert (result.diverged_at_step, result.train_rows) == (0, [])
     assert all(torch.equal(tensor, before[name]) for name, tensor in parts.model.state_dict().items())
 
 
@@ -277,9 +294,7 @@ def test_one_batch_is_learned_by_heart(tmp_path):
     prepare_folder(tmp_path, train_bytes=128, train={"max_lr": 3e-2, "max_steps": 120, "eval_interval": 1000})
     parts = load_parts(tmp_path)
     assert parts.order.windows_per_epoch == parts.order.batch_windows
-    scratch = tmp_path / "scratch"
-    scratch.mkdir()
-    rows = fit(parts.model, parts.config, parts.order, parts.evaluation, LOCAL, scratch).train_rows
+    rows = fit_here(parts, tmp_path).train_rows
     assert rows[0][LOSS] > 5 and rows[-1][LOSS] < 0.1
 
 
@@ -287,7 +302,7 @@ def test_signal_handlers_are_put_back(tmp_path):
     prepare_folder(tmp_path, train={"max_steps": 11})
     parts = load_parts(tmp_path)
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
-    fit(parts.model, parts.config, parts.order, parts.evaluation, LOCAL, tmp_path)
+    fit_here(parts, tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
@@ -314,6 +329,18 @@ def test_a_diverging_run_ends_well_and_says_so(tmp_path, monkeypatch, max_lr, fi
     assert list((tmp_path / ".scratch" / "train").iterdir()) == []
 
 
+def test_a_resumed_run_diverges_where_the_first_did(tmp_path):
+    prepare_folder(tmp_path, train={"max_lr": 3.0, "warmup_steps": 0})
+    first = fit_here(load_parts(tmp_path), tmp_path)
+    # The newest checkpoint is in the middle of the high losses, which must be counted from the first one on.
+    assert (tmp_path / "step_00000024.safetensors").exists()
+    (tmp_path / "step_00000032.safetensors").unlink()
+    second = fit_here(load_parts(tmp_path), tmp_path)
+    assert second.steps_timed == 8
+    assert first.diverged_at_step == second.diverged_at_step == 32
+    assert (first.train_rows, first.eval_rows) == (second.train_rows, second.eval_rows)
+
+
 # Refusals.
 
 
@@ -335,7 +362,7 @@ def test_a_diverging_run_ends_well_and_says_so(tmp_path, monkeypatch, max_lr, fi
             r"data/tokens/train has 8008 tokens, too few for one batch of 16384 \+ 1; lower train\.tokens_per_step",
         ),
         ({"eval_tokens": 5000}, r"data/tokens/val has 4004 tokens; 4993 are needed for 5000"),
-        ({"warmup_steps": 80}, r"warmup_steps=80 must be less than max_steps=80"),
+        ({"warmup_steps": 120}, r"warmup_steps=120 must be less than max_steps=120"),
         ({"micro_batch": 0}, r"tiny\.train\.micro_batch = 0"),
     ],
 )

@@ -165,10 +165,13 @@ def train_here(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     train.main()
 
 
-def wait_for_checkpoint(process: subprocess.Popen, folder: Path, after_step: int = 0, count: int = 1) -> None:
-    """Return as soon as `count` checkpoints of steps beyond `after_step` are there while the run goes on."""
+def wait_for_checkpoint(process: subprocess.Popen, folder: Path, after_step: int = 0, count: int = 1) -> int:
+    """Return the step of the newest checkpoint as soon as there are `count` of steps beyond `after_step`."""
     deadline = time.monotonic() + 300
-    while len([step for step in checkpoint_steps(folder) if step > after_step]) < count:
+    while True:
+        steps = [step for step in checkpoint_steps(folder) if step > after_step]
+        if len(steps) >= count:
+            return steps[-1]
         assert process.poll() is None, (folder / "log.txt").read_text()
         assert time.monotonic() < deadline
         time.sleep(0.002)

@@ -1,0 +1,26 @@
+"""The README's numbers are those of the committed metrics."""
+
+import json
+import re
+
+import pytest
+
+from tests.closure import ROOT
+
+# | what | figure | `metrics/file.json: key` |
+ROW = re.compile(r"^\|[^|]*\| *([-+±,.\d]+)[^|]*\| *`(metrics/[\w/]+\.json): (\w+)` *\|$", re.MULTILINE)
+
+
+def cited_figures() -> list[tuple[str, str, str]]:
+    return ROW.findall((ROOT / "README.md").read_text(encoding="utf-8"))
+
+
+def test_the_table_of_results_cites_metrics():
+    assert len(cited_figures()) >= 8
+
+
+@pytest.mark.parametrize(("shown", "file", "key"), cited_figures())
+def test_a_number_of_the_readme_is_the_metric_that_it_cites(shown, file, key):
+    measured = json.loads((ROOT / file).read_text(encoding="utf-8"))[key]
+    decimals = len(shown.partition(".")[2])
+    assert f"{measured:,.{decimals}f}" == shown.lstrip("+")
