@@ -51,7 +51,13 @@ def train_ours(task: Task, dist: Dist) -> Step:
     model = GPT(task.shape, task.config.seed)
     stepper = Stepper(model, build_optimizer(model, task.config), task.config, task.order, dist)
     result = TrainResult()
-    return lambda step: stepper.step(step, [], result)[0]
+
+    def take(step: int) -> float:
+        loss, _, _ = stepper.backward(step, [], result)
+        stepper.update(step)
+        return loss
+
+    return take
 
 
 def train_transformers(task: Task) -> Step:

@@ -10,7 +10,7 @@ import json
 import logging
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -25,11 +25,11 @@ KEPT = 2
 log = logging.getLogger(__name__)
 
 
-def scratch_folder(kind: str, identity: dict, sources: list[str]) -> Path:
+def scratch_folder(kind: str, identity: dict, sources: Sequence[Path]) -> Path:
     """Folder under DVC's root, which --temp and --queue runs share, named by a digest of `identity` and the sources."""
     digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
     for source in sources:
-        digest.update(Path(source).read_bytes())
+        digest.update(source.read_bytes())
     return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch" / kind / digest.hexdigest()[:16]
 
 

@@ -52,6 +52,8 @@ def setup_device(hardware: HardwareConfig, processes: int = 1, local_rank: int =
     """Fix the thread count of this process and return its device; on a GPU fp32 products may use TF32."""
     torch.set_num_threads(max(1, hardware.threads // processes))
     if torch.cuda.is_available():
+        if local_rank >= (visible := torch.cuda.device_count()):
+            raise UserError(f"hardware.nproc={hardware.nproc} exceeds the {visible} visible GPUs; lower it")
         torch.set_float32_matmul_precision("high")
         torch.cuda.set_device(local_rank)
         return torch.device("cuda", local_rank)
@@ -64,10 +66,6 @@ def distributed(hardware: HardwareConfig) -> Iterator[Dist]:
     rank, local_rank, world_size = (int(os.environ.get(key, 0)) for key in ("RANK", "LOCAL_RANK", "WORLD_SIZE"))
     world_size = max(1, world_size)
     device = setup_device(hardware, int(os.environ.get("LOCAL_WORLD_SIZE", 1)), local_rank)
-    if device.type == "cuda" and local_rank >= torch.cuda.device_count():
-        raise UserError(
-            f"hardware.nproc={hardware.nproc} exceeds the {torch.cuda.device_count()} visible GPUs; lower it"
-        )
     if world_size == 1:
         yield Dist(0, 0, 1, device)
         return

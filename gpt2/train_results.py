@@ -1,12 +1,12 @@
 """What a training run leaves behind: its identity, its metrics and its speed."""
 
 import math
+from pathlib import Path
 
 import numpy as np
 import torch
 from torch.nn.attention import SDPBackend
 
-from gpt2 import data, loss, model, optim, stability, train
 from gpt2.data import sample_windows
 from gpt2.dist import Dist, Precision
 from gpt2.files import read_json
@@ -16,7 +16,10 @@ from gpt2.stability import count_spikes, has_stalled
 from gpt2.train import TrainConfig, TrainResult
 
 # Code and parameters that decide the result. The parameters below change its cost only.
-SOURCES = [module.__file__ for module in (data, loss, model, optim, stability, train)]
+SOURCES = [
+    Path(__file__).with_name(f"{name}.py")
+    for name in ("data", "dist", "evaluate", "hellaswag", "loss", "model", "optim", "stability", "train")
+]
 COST_ONLY = {"micro_batch", "compile", "checkpoint_interval", "log_interval"}
 
 # Dense bf16 peak in FLOP/s by part of the device name (vendors' data sheets).

@@ -24,8 +24,8 @@ CURVES = Path("plots/train")
 METRICS = Path("metrics/train.json")
 
 
-def train(stage: Stage, dist: Dist) -> None:
-    """Train in this process and, in process 0, write the outputs."""
+def train(stage: Stage, dist: Dist) -> Path:
+    """Train in this process and, in process 0, write the outputs. Return the folder of the resume state."""
     config = stage.load("train", TrainConfig)
     tokens, val = TokenSet(TOKENS, "train"), TokenSet(TOKENS, "val")
     shape = stage.load("model", GPTConfig, norm=stage.top("norm"), vocab_size=tokens.vocabulary.vocab_size)
@@ -48,13 +48,16 @@ def train(stage: Stage, dist: Dist) -> None:
             write_json(METRICS, run_figures(result, config, model, tokens, val, order.windows_per_epoch, n_items))
             save_model(model, MODEL)
             stage.timed |= run_speed(result, config, shape, dist)
-            checkpoint.drop(scratch)
+    return scratch
 
 
 def main() -> None:
     main_process = int(os.environ.get("RANK", 0)) == 0
     with Stage("train", main_process) as stage, distributed(stage.load("hardware", HardwareConfig)) as dist:
-        train(stage, dist)
+        scratch = train(stage, dist)
+    # Only now: the stage may still have refused its result, and a second try goes on from here.
+    if main_process:
+        checkpoint.drop(scratch)
 
 
 if __name__ == "__main__":

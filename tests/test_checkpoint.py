@@ -1,8 +1,11 @@
 """Checkpoints: complete, whole or absent, found by the run that wrote them and by no other."""
 
+import errno
 import json
 import logging
 import resource
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -10,6 +13,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from gpt2 import checkpoint
 from gpt2.checkpoint import KEPT, drop, load_checkpoint, locked, save_checkpoint, scratch_folder
 from gpt2.files import UserError
 from gpt2.model import GPT, GPTConfig
@@ -138,24 +142,44 @@ def test_all_damaged_starts_over_and_the_new_run_keeps_its_own_checkpoints(tmp_p
     for step in (1, 2):
         fresh.train(step).save(tmp_path, step)
     # The damaged files have higher numbers, and must not pass for newer than what the run writes now.
+    assert files_in(tmp_path) == ["step_00000001.safetensors", "step_00000002.safetensors"]
     resumed = Trainer()
     assert resumed.load(tmp_path)["step"] == 2
     assert_same(resumed.tensors(), fresh.tensors())
 
 
-def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_temporary_file(tmp_path):
+@contextmanager
+def full_disk(monkeypatch) -> Iterator[None]:
+    """No file of this process may grow beyond a few pages."""
+    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+
+@contextmanager
+def half_written(monkeypatch) -> Iterator[None]:
+    """The writer gives up in the middle of the file; safetensors itself may or may not clean up after itself."""
+
+    def write_half(tensors, path, metadata):
+        Path(path).write_bytes(bytes(1000))
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "save_file", write_half)
+        yield
+
+
+@pytest.mark.parametrize("failing", [full_disk, half_written])
+def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_temporary_file(tmp_path, monkeypatch, failing):
     trainer = Trainer().train(0)
     trainer.save(tmp_path, 1)
     before = trainer.tensors()
     trainer.train(1)
-    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    # Files of this process may not grow beyond this, as on a full disk.
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        with pytest.raises((OSError, SafetensorError)):
-            trainer.save(tmp_path, 2)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    with failing(monkeypatch), pytest.raises((OSError, SafetensorError)):
+        trainer.save(tmp_path, 2)
     assert files_in(tmp_path) == ["step_00000001.safetensors"]
     resumed = Trainer(seed=5)
     assert resumed.load(tmp_path)["step"] == 1

@@ -118,10 +118,11 @@ def test_an_absent_section_is_named():
     [
         {},
         {"scale": "big", "tiny": {}},
+        {"scale": "big", "big": {"some": GOOD}},
         {"scale": "short", "tiny": {}},
         {"scale": "tiny", "tiny": 3},
     ],
-    ids=["none", "unknown", "without a block", "block is no map"],
+    ids=["none", "unknown", "unknown with a block", "without a block", "block is no map"],
 )
 def test_an_unknown_scale_is_refused_with_the_known_ones(values):
     with pytest.raises(UserError, match=r"scale=.* must name one of the blocks tiny, short, full"):

@@ -279,6 +279,10 @@ def fit_here(parts: Parts, scratch: Path) -> TrainResult:
     return fit(parts.model, parts.config, parts.order, parts.evaluation, LOCAL, scratch)
 
 
+def checkpoint_names(scratch: Path) -> list[str]:
+    return sorted(path.stem for path in scratch.glob("step_*"))
+
+
 def test_a_loss_that_is_not_finite_changes_no_weight(tmp_path):
     parts = load_parts(prepare_folder(tmp_path))
     # Finite, and too large to compute with.
@@ -287,6 +291,18 @@ def test_a_loss_that_is_not_finite_changes_no_weight(tmp_path):
     result = fit_here(parts, tmp_path)
     assert (result.diverged_at_step, result.train_rows) == (0, [])
     assert all(torch.equal(tensor, before[name]) for name, tensor in parts.model.state_dict().items())
+
+
+def test_the_update_has_the_learning_rate_of_its_step(tmp_path):
+    parts = load_parts(prepare_folder(tmp_path))
+    stepper = Stepper(parts.model, build_optimizer(parts.model, parts.config), parts.config, parts.order, LOCAL)
+    before = parts.model.ln_f.bias.detach().clone()
+    stepper.backward(4, [], TrainResult())
+    stepper.update(4)
+    # AdamW's first step has the size of the learning rate, which is half of max_lr at step 5 of a warm-up of 10.
+    moved = (parts.model.ln_f.bias - before).abs()
+    torch.testing.assert_close(moved, torch.full_like(moved, parts.config.max_lr / 2), rtol=1e-3, atol=0)
+    assert all(parameter.grad is None for parameter in parts.model.parameters())
 
 
 def test_one_batch_is_learned_by_heart(tmp_path):
@@ -304,6 +320,19 @@ def test_signal_handlers_are_put_back(tmp_path):
     before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)]
     fit_here(parts, tmp_path)
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
+
+
+def test_a_run_resumed_twice_has_every_row_once(tmp_path):
+    prepare_folder(tmp_path, train={"max_steps": 24, "checkpoint_interval": 4, "eval_interval": 6})
+    first = fit_here(load_parts(tmp_path), tmp_path)
+    assert checkpoint_names(tmp_path) == ["step_00000020", "step_00000024"]
+    # Resumes at 20 with the rows to 24 in the log, and writes its checkpoint of 24 behind them or in their place.
+    (tmp_path / "step_00000024.safetensors").unlink()
+    for steps in (4, 0):
+        again = fit_here(load_parts(tmp_path), tmp_path)
+        assert again.steps_timed == steps
+        assert (again.train_rows, again.eval_rows) == (first.train_rows, first.eval_rows)
+        assert checkpoint_names(tmp_path) == ["step_00000020", "step_00000024"]
 
 
 # Divergence is a result.
