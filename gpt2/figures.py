@@ -60,7 +60,7 @@ def draw_loss(results: Results) -> Figure:
 
 
 def draw_benchmark(results: Results) -> Figure:
-    """HellaSwag accuracy along training with its standard error, and chance."""
+    """Benchmark accuracy along training with its standard error, and chance."""
     table = results.table("train/eval.csv", ["tokens", "hellaswag_acc", "hellaswag_acc_norm"])
     items = results.value("train.hellaswag_items")
     figure, (axes,) = _panels(1, 3.6)
@@ -73,7 +73,7 @@ def draw_benchmark(results: Results) -> Figure:
     style = {"fmt": "o-", "color": colour, "markersize": 4, "elinewidth": 1}
     axes.errorbar(tokens, normed, stderr, label="mean per token (acc_norm) ± standard error", **style)
     _level(axes, 100 * HELLASWAG_CHANCE, "chance")
-    axes.set_ylabel(f"HellaSwag accuracy (% of {items:,} items)")
+    axes.set_ylabel(f"Benchmark accuracy (% of {items:,} items)")
     _legend(figure, [axes])
     return figure
 

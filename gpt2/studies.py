@@ -25,12 +25,14 @@ def describe_training(results: Results, figures: Mapping[str, str]) -> str:
     losses = results.table("train/eval.csv", ["val_loss"])["val_loss"].dropna()
     last, entropy = results.value("train.val_loss"), results.value("train.unigram_entropy")
     path = f"went from {number(losses.iloc[0])} to {number(last)}" if len(losses) > 1 else f"is {number(last)}"
+    made = results.setting("benchmark", "source") == "heldout"
+    benchmark = "The benchmark asks HellaSwag's question of passages from held-out documents." if made else ""
     return (
         f"The validation loss {path} nats per token after {number(results.value('train.tokens_seen'))} tokens, "
         f"{number(abs(entropy - last))} {'below' if last < entropy else 'above'} the unigram entropy of the training "
         f"tokens. The largest gradient norm was {number(results.value('train.max_grad_norm'))}, with "
-        f"{number(results.value('train.loss_spikes'))} loss spikes.\n\n"
-        f"![Loss against tokens]({figures['loss']})\n\n![HellaSwag accuracy against tokens]({figures['benchmark']})"
+        f"{number(results.value('train.loss_spikes'))} loss spikes. {benchmark}\n\n"
+        f"![Loss against tokens]({figures['loss']})\n\n![Benchmark accuracy against tokens]({figures['benchmark']})"
     )
 
 

@@ -20,6 +20,7 @@ def invent_run(root: Path, scale: str = "tiny", norm: str = "preln", n_layer: in
     """Write what all stages leave behind: a run in which every claim holds that the scale can test."""
     settings = {
         "prepare": {"source": "fineweb_edu" if scale == "full" else "docs"},
+        "benchmark": {"source": "hub" if scale == "full" else "heldout"},
         "model": {"n_layer": n_layer, "n_head": n_head, "n_embd": 16 * n_head, "block_size": 256},
         "train": {"max_steps": 250, "max_lr": 0.001},
     }

@@ -32,5 +32,5 @@ def test_norms_that_were_not_studied_are_not_asked_for(tmp_path):
         table = results.table(f"norm_study/{name}.csv", [])
         table = table[table["norm"] != "deepnorm"] if name == "runs" else table.drop(columns="deepnorm")
         table.to_csv(tmp_path / f"plots/norm_study/{name}.csv", index=False)
-    labels = [line.get_label() for line in draw_norm_study(results).axes[0].lines]
+    _, labels = draw_norm_study(results).axes[0].get_legend_handles_labels()
     assert labels == ["preln", "postln", "unigram entropy"]
