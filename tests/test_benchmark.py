@@ -179,7 +179,6 @@ def test_what_is_written_is_read_back(tmp_path):
     items[0]["ctx"] = "line\nend and \u2028 separator, ünïcode 漢字"
     write_items(tmp_path / "items.jsonl", items)
     assert list(read_items(tmp_path / "items.jsonl")) == items
-    assert read_items(tmp_path / "items.jsonl") == items
 
 
 @pytest.mark.parametrize(
@@ -229,7 +228,7 @@ def test_a_damaged_file_is_named(tmp_path, name, data):
 
 
 def test_absent_and_empty_files_are_refused(tmp_path):
-    with pytest.raises(UserError, match=r"benchmark\.path = .*absent\.jsonl' does not exist"):
+    with pytest.raises(UserError, match=r"absent\.jsonl does not exist; benchmark\.path"):
         list(read_items(tmp_path / "absent.jsonl"))
     (tmp_path / "empty.jsonl").write_text("")
     items = make_items(BenchmarkConfig(source="file", path=tmp_path / "empty.jsonl"), tmp_path)
