@@ -16,6 +16,7 @@ softmax, norms, GELU, the optimizer or memory traffic, so that 100 % is out of r
 
 import argparse
 import json
+import os
 import platform
 import select
 import shutil
@@ -34,6 +35,8 @@ from gpt2.params import load, read
 ROUNDS, STEPS = 5, 2
 # A row that is not ready by then, which only compiling can bring about, is left out.
 START_SECONDS = 120
+# Average number of waiting processes above which the machine is not the benchmark's own.
+BUSY = 0.5
 RESULT = Path("bench/results/train_cpu.md")
 TOKENS = Path("data/tokens/train.json")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -142,6 +145,8 @@ def main(argv: Sequence[str]) -> None:
         raise SystemExit(f"bench: {nanogpt}/model.py does not exist; give --nanogpt a checkout of nanoGPT")
     if not TOKENS.is_file():
         raise SystemExit(f"bench: {TOKENS} does not exist; run make repro")
+    if (busy := os.getloadavg()[0]) > BUSY:
+        sys.stderr.write(f"bench: other processes are at work (load {busy:.1f}); rates will be too low and uneven\n")
     threads = load("hardware", HardwareConfig, {**read(), "scale": "tiny"}).threads
     peak = measure_peak()
     rows = start_rows(nanogpt)
