@@ -53,7 +53,8 @@ TOLERANCES = {
     "norm_study.*_stalled": ANY,
     "norm_study.*_spikes": ANY,
     "norm_study.*_best_max_lr": ANY,
-    "norm_study.*_max_grad_norm": Tolerance(relative=1.0),
+    # The largest of a stalled run's gradients: 6 on one processor was 1,430 on another.
+    "norm_study.*_max_grad_norm": ANY,
     "norm_study.*_val_loss": Tolerance(relative=0.1),
     "train.*_loss": Tolerance(relative=0.02),
     "train.val_bits_per_byte": Tolerance(relative=0.02),
