@@ -24,7 +24,7 @@ from gpt2.optim import build_optimizer, lr_at
 from gpt2.params import load, read
 from gpt2.shards import TokenSet
 from gpt2.stage import peak_memory_gib
-from gpt2.train import Stepper, TrainConfig, TrainResult
+from gpt2.train import Stepper, TrainConfig
 from gpt2.train_results import training_flops_per_token
 
 Step = Callable[[int], float]
@@ -50,10 +50,10 @@ def train_ours(task: Task, dist: Dist) -> Step:
     """This project's own step, as the stage runs it."""
     model = GPT(task.shape, task.config.seed)
     stepper = Stepper(model, build_optimizer(model, task.config), task.config, task.order, dist)
-    result = TrainResult()
 
     def take(step: int) -> float:
-        loss, _, _ = stepper.backward(step, [], result)
+        loss, _ = stepper.backward(step)
+        stepper.clip()
         stepper.update(step)
         return loss
 

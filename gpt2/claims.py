@@ -126,13 +126,19 @@ CLAIMS = (
     Claim(
         "norms",
         "Pre-LN trains smoothly",
-        "`norm_study.preln_*`, over all its runs: no `loss_spikes`, neither `stalled` nor `diverged`",
-        partial(measures.measure_smoothness, norm="preln"),
+        "preln in norm_study/table.csv: no `loss_spikes`, none `diverged`, none `stalled`, at any setting",
+        measures.measure_smoothness,
     ),
     Claim(
         "norms",
         "Post-LN spikes or diverges where Pre-LN does not",
-        "`norm_study.postln_*`, over all its runs: `loss_spikes`, `stalled` or `diverged`; `preln_*`: none",
+        "norm_study/table.csv has a setting with `loss_spikes` or `diverged` of postln, and none of preln",
+        measures.measure_roughness,
+    ),
+    Claim(
+        "norms",
+        "Post-LN learns nothing (it stalls or diverges) at a learning rate and warm-up at which Pre-LN learns",
+        "norm_study/table.csv has a setting at which all runs of postln `stalled` or `diverged`, and none of preln",
         measures.measure_failure,
     ),
     Claim(

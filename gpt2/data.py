@@ -85,6 +85,37 @@ class TrainOrder:
         return rows[:, :-1], rows[:, 1:]
 
 
+class MicroBatches:
+    """One process's share of the batches, on its device.
+
+    A GPU works on while this process reads the next micro-batch. No thread does so: it would contend with the launching
+    of kernels for the interpreter, and lose.
+    """
+
+    def __init__(self, order: TrainOrder, first: int, count: int, accumulation: int, device: torch.device):
+        """Rows first … first + accumulation × count - 1 of each batch, `count` at a time."""
+        self._order, self._first, self._count, self._accumulation = order, first, count, accumulation
+        self._device = device
+        self._ahead: tuple[tuple[int, int], tuple[Tensor, Tensor]] | None = None
+
+    def get(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
+        """Inputs and targets, each (count, block_size) int64, of one micro-batch."""
+        known = self._ahead is not None and self._ahead[0] == (step, micro_step)
+        idx, targets = self._ahead[1] if known else self._read(step, micro_step)
+        return idx.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
+
+    def read_ahead(self, step: int, micro_step: int) -> None:
+        """Read the micro-batch after this one, if the device has been given work that it does meanwhile."""
+        if self._device.type == "cuda":
+            last = micro_step == self._accumulation - 1
+            following = (step + 1, 0) if last else (step, micro_step + 1)
+            # From pages that cannot move, the copy to the device waits for nothing.
+            self._ahead = following, tuple(part.pin_memory() for part in self._read(*following))
+
+    def _read(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
+        return self._order.batch(step, self._first + micro_step * self._count, self._count)
+
+
 def eval_windows(tokens: TokenSet, block_size: int, n_tokens: int, start: int = 0) -> Tensor:
     """Consecutive windows (n_tokens // block_size, block_size + 1) int64 from token `start` on, one token overlapping.
 

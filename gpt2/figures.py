@@ -1,16 +1,26 @@
 """The figures of the report, each drawn from metrics and curves alone; the same files give the same bytes."""
 
+import itertools
 import math
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
+from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import LogFormatter
 
 from gpt2.files import atomic_path
-from gpt2.measures import HELLASWAG_CHANCE, MAX_RISE_PERCENT, WORD_GROUPS, read_vocabularies, standard_error
+from gpt2.measures import (
+    EMBEDDINGS,
+    HELLASWAG_CHANCE,
+    MAX_RISE_PERCENT,
+    WORD_GROUPS,
+    read_vocabularies,
+    standard_error,
+)
 from gpt2.results import Results
 
 # Okabe and Ito's and Tol's colours, which people with any colour vision tell apart.
@@ -21,6 +31,8 @@ GROUP_COLOURS = dict(zip(WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=
 MARKERS = "os^D"
 WIDTH = 8.0  # inches; with DPI it is 1,200 pixels, half as much again as a README shows
 DPI = 150
+RUN = ["norm", "max_lr", "warmup_steps", "seed"]  # what tells the runs of the norm study apart
+MAX_STEPS = 6  # as many lines in a panel as the eye tells apart
 RISES = (-50, -20, -10, 0, 5, 10, 20, 50, 100, 200, 500, 1_000, 10_000, 100_000)
 
 
@@ -78,31 +90,73 @@ def draw_benchmark(results: Results) -> Figure:
     return figure
 
 
-def draw_norm_study(results: Results) -> Figure:
-    """Loss and gradient norm of all norms under the same learning rate, warm-up and seed, with running medians."""
+def draw_layers(results: Results) -> Figure:
+    """Gradient norm of each layer and activations after it, at up to MAX_STEPS of the logged steps."""
+    columns = ["step", "layer", "grad_norm", "activation_norm"]
+    table = results.table("train/layers.csv", columns, may_be_empty=True)
+    logged, layers = table["step"].unique(), table["layer"].unique()
+    steps = logged[np.unique(np.linspace(0, len(logged) - 1, min(MAX_STEPS, len(logged))).round().astype(int))]
+    # From light to dark, without the end that would be lost on white.
+    colours = colormaps["cividis_r"](np.linspace(0.15, 1, len(steps)))
     figure, panels = _panels(2, 3.6)
-    runs = results.table("norm_study/runs.csv", ["norm", "diverged_at_step"])
-    # The curves are those of the first run of each norm.
-    shown = runs.groupby("norm", sort=False)["diverged_at_step"].first().to_dict()
-    labels = {"loss": "Training loss (nats per token)", "grad_norm": "Gradient norm before clipping"}
+    labels = {"grad_norm": "Gradient norm before clipping", "activation_norm": "Activations (root mean square)"}
     for axes, (name, label) in zip(panels, labels.items(), strict=True):
-        table = results.table(f"norm_study/{name}.csv", ["step", *shown])
-        for norm, diverged_at_step in shown.items():
-            axes.plot(table["step"], table[norm], color=NORM_COLOURS[norm], linewidth=0.8, alpha=0.25)
-            median = table[norm].rolling(1 + len(table) // 25, center=True, min_periods=1).median()
-            median = median.where(table[norm].notna())
-            axes.plot(table["step"], median, color=NORM_COLOURS[norm], linewidth=1.8, label=norm)
-            if diverged_at_step >= 0:
-                _fault(axes, diverged_at_step, NORM_COLOURS[norm])
-        axes.set(xlabel="Step", ylabel=label)
-    entropy = results.value("norm_study.unigram_entropy")
-    _level(panels[0], entropy, "unigram entropy")
-    _limit(panels[0], results.table("norm_study/loss.csv", [*shown])[[*shown]].to_numpy().ravel(), 1.3 * entropy)
-    panels[1].set_yscale("log")
-    panels[1].yaxis.set_major_formatter(LogFormatter())
-    panels[1].yaxis.set_minor_formatter(LogFormatter(minor_thresholds=(1.5, 0.5)))
+        for step, colour in zip(steps, colours, strict=True):
+            rows = table[table["step"] == step]
+            axes.plot(rows["layer"], rows[name], "o-", color=colour, markersize=3, label=f"step {step:,}")
+        axes.set_xticks(layers, ["emb." if layer == EMBEDDINGS else layer for layer in layers])
+        axes.set(xlabel="Layer", ylabel=label)
+        _log_axis(axes)
     _legend(figure, panels[:1])
     return figure
+
+
+def draw_norm_study(results: Results) -> Figure:
+    """Loss and gradient norm of every run, faint, with running medians: a column a learning rate, a row a warm-up."""
+    runs = results.table("norm_study/runs.csv", [*RUN, "diverged_at_step"])
+    curves = results.table("norm_study/curves.csv", [*RUN, "step", "loss", "grad_norm"], may_be_empty=True)
+    curves = runs.merge(curves, on=RUN)
+    entropy = results.value("norm_study.unigram_entropy")
+    max_lrs, warmups = (sorted(runs[name].unique()) for name in ("max_lr", "warmup_steps"))
+    figure, panels = _panels(len(max_lrs), 2.9 * len(warmups) + 0.6, rows=2 * len(warmups))
+    losses, gradients = np.array(panels).reshape(2, len(warmups), len(max_lrs))
+    for (i, warmup), (j, max_lr) in itertools.product(enumerate(warmups), enumerate(max_lrs)):
+        here = (runs["max_lr"] == max_lr) & (runs["warmup_steps"] == warmup)
+        for axes, name in ((losses[i, j], "loss"), (gradients[i, j], "grad_norm")):
+            _draw_runs(axes, runs[here], curves, name)
+            axes.set_title(f"learning rate {max_lr:g}" if i == 0 else "", size=8, color=INK)
+        losses[i, 0].set_ylabel(f"Training loss (nats)\n{warmup:,} warm-up steps")
+        gradients[i, 0].set_ylabel(f"Gradient norm\n{warmup:,} warm-up steps")
+    for norm in runs["norm"].unique():
+        panels[0].plot([], [], color=NORM_COLOURS[norm], label=norm)
+    if (runs["diverged_at_step"] >= 0).any():
+        panels[0].plot([], [], "x", color=INK, label="diverged")
+    # As far above the entropy as the runs go below: the first losses, far above, are alike.
+    reach = max(0.1 * entropy, entropy - curves["loss"].quantile(0.05))
+    for axes in losses.flat:
+        _level(axes, entropy, "unigram entropy")
+        axes.set_ylim(entropy - reach, entropy + reach)
+    for axes in gradients.flat:
+        _log_axis(axes)
+        if len(curves):
+            # A single step may be thousands of times above all others.
+            axes.set_ylim(*curves["grad_norm"].quantile([0.001, 0.999]))
+    for axes in panels[: -len(max_lrs)]:
+        axes.tick_params(labelbottom=False)
+    for axes in gradients[-1]:
+        axes.set_xlabel("Step")
+    _legend(figure, panels[:1])
+    return figure
+
+
+def _draw_runs(axes: Axes, runs: pd.DataFrame, curves: pd.DataFrame, name: str) -> None:
+    """A quantity of some runs along the steps, and a cross at the top where a run diverged."""
+    for (norm, *_), curve in runs.merge(curves, on=RUN).groupby(RUN, sort=False):
+        median = curve[name].rolling(1 + len(curve) // 10, center=True, min_periods=1).median()
+        axes.plot(curve["step"], curve[name], color=NORM_COLOURS[norm], linewidth=0.4, alpha=0.15)
+        axes.plot(curve["step"], median, color=NORM_COLOURS[norm], linewidth=1, alpha=0.85)
+    for run in runs[runs["diverged_at_step"] >= 0].itertuples():
+        axes.plot(run.diverged_at_step, 0.95, "x", color=NORM_COLOURS[run.norm], transform=axes.get_xaxis_transform())
 
 
 def draw_tokenizer(results: Results) -> Figure:
@@ -186,6 +240,7 @@ def draw_prune(results: Results) -> Figure:
 FIGURES: dict[str, Callable[[Results], Figure]] = {
     "loss": draw_loss,
     "benchmark": draw_benchmark,
+    "layers": draw_layers,
     "norm_study": draw_norm_study,
     "tokenizer": draw_tokenizer,
     "heads": draw_heads,
@@ -193,9 +248,10 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
 }
 
 
-def _panels(count: int, height: float) -> tuple[Figure, list[Axes]]:
+def _panels(count: int, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:
+    """`count` panels in each of `rows`, the upper rows first."""
     figure = Figure(figsize=(WIDTH, height), dpi=DPI, layout="constrained")
-    panels = list(figure.subplots(1, count, squeeze=False)[0])
+    panels = list(figure.subplots(rows, count, squeeze=False).flat)
     for axes in panels:
         axes.spines[["top", "right"]].set_visible(False)
         axes.spines[["left", "bottom"]].set_color(GREY)
@@ -214,6 +270,20 @@ def _token_axis(axes: Axes, most: int) -> float:
     )
     axes.set_xlabel(f"Tokens seen ({name})")
     return unit
+
+
+def _log_axis(axes: Axes) -> None:
+    """Make the vertical axis logarithmic, with numbers as people write them."""
+    axes.set_yscale("log")
+    axes.yaxis.set_major_formatter(_PlainFormatter())
+    axes.yaxis.set_minor_formatter(_PlainFormatter(minor_thresholds=(1.5, 0.5)))
+
+
+class _PlainFormatter(LogFormatter):
+    """Labels the ticks that matplotlib picks with 0.02 where it writes 2e-02."""
+
+    def __call__(self, x: float, pos: int | None = None) -> str:
+        return f"{x:g}" if super().__call__(x, pos) else ""
 
 
 def _level(axes: Axes, value: float, label: str, linestyle: str = "--") -> None:

@@ -18,7 +18,7 @@ CHUNK_BYTES = {"cpu": 2**26, "cuda": 2**31}
 # Compiled for a GPU (torch 2.11), the loop over one reused buffer reads out of bounds.
 @torch.compiler.disable
 def linear_cross_entropy(hidden: Tensor, weight: Tensor, targets: Tensor, vocab_size: int) -> Tensor:
-    """Mean of -log softmax(hidden @ weight.T)[target] in nats, a scalar.
+    """Mean of -log softmax(hidden @ weight.T)[target] in nats, a scalar; NaN of no rows, as torch has it.
 
     hidden (N, D), weight (V, D) with V >= vocab_size, targets (N,) int64 below vocab_size. Rows of `weight` from
     vocab_size on are padding: they get probability zero and gradient zero.
@@ -87,6 +87,8 @@ def _large_products(device: torch.device) -> Iterator[None]:
 
 def _logit_chunks(hidden: Tensor, weight: Tensor, vocab_size: int) -> Iterator[tuple[slice, Tensor]]:
     """Yield (slice of rows, fp32 logits of those rows); the logits are overwritten by the next chunk."""
+    if len(hidden) == 0:
+        return
     most = max(1, CHUNK_BYTES.get(hidden.device.type, CHUNK_BYTES["cpu"]) // (4 * len(weight)))
     # Even chunks: a small rest would pay for a whole pass over the weights.
     n_rows = -(-len(hidden) // -(-len(hidden) // most))

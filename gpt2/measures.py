@@ -23,6 +23,8 @@ MAX_RISE_PERCENT = 5
 # One of four endings is right.
 HELLASWAG_CHANCE = 0.25
 WORD_GROUPS = ("rare", "compound", "technical")
+# The embeddings' number among the layers of train/layers.csv.
+EMBEDDINGS = -1
 # Attention kernels that never hold a T x T matrix of scores.
 FUSED_ATTENTION = ("flash", "cudnn", "efficient")
 
@@ -135,18 +137,62 @@ def measure_attention(results: Results) -> Finding:
     return str(backend).startswith(FUSED_ATTENTION), f"backend `{backend}`"
 
 
-def measure_smoothness(results: Results, norm: str) -> tuple[bool, str]:
-    spikes, diverged, stalled = (
-        results.value(f"norm_study.{norm}_{key}") for key in ("loss_spikes", "diverged", "stalled")
+def read_norm_settings(results: Results) -> pd.DataFrame:
+    """The norm study: a row for each norm, learning rate and warm-up.
+
+    `lost` counts the runs that learned nothing, for they diverged or stalled; `rough` says whether any run spiked or
+    diverged.
+    """
+    columns = ["norm", "max_lr", "warmup_steps", "seeds", "loss_spikes", "diverged", "stalled", "max_grad_norm"]
+    table = results.table("norm_study/table.csv", columns)
+    return table.assign(
+        lost=table["diverged"] + table["stalled"], rough=(table["loss_spikes"] > 0) | (table["diverged"] > 0)
     )
-    loss = number(results.value(f"norm_study.{norm}_val_loss"))
-    measured = f"{norm}: {number(spikes)} spikes{', diverged' * diverged}{', stalled' * stalled}, {loss} nats"
-    return is_smooth(spikes, diverged, stalled), measured
+
+
+def name_setting(max_lr: float, warmup_steps: int) -> str:
+    """A learning rate and warm-up in words."""
+    return f"{max_lr:g} {f'with {number(warmup_steps)} warm-up steps' if warmup_steps else 'without warm-up'}"
+
+
+def measure_smoothness(results: Results) -> Finding:
+    settings = read_norm_settings(results)
+    preln = settings[settings["norm"] == "preln"]
+    if preln.empty:
+        return None, "preln was not studied"
+    runs, *faults = (int(preln[name].sum()) for name in ("seeds", "loss_spikes", "diverged", "stalled"))
+    spikes, diverged, stalled = map(number, faults)
+    measured = f"{spikes} spikes, {diverged} diverged and {stalled} stalled in {number(runs)} runs"
+    return is_smooth(*faults), f"{measured}; largest gradient norm {number(preln['max_grad_norm'].max())}"
+
+
+def measure_roughness(results: Results) -> Finding:
+    pairs = _pair_norms(results)
+    if pairs.empty:
+        return None, "preln and postln were not studied side by side"
+    worse = pairs[pairs["rough_postln"] & ~pairs["rough_preln"]]
+    stalled = int((pairs["stalled_postln"] > 0).sum())
+    return len(worse) > 0, f"in {_list_settings(worse, len(pairs))}; postln stalls, another failure, in {stalled}"
 
 
 def measure_failure(results: Results) -> Finding:
-    (preln_smooth, preln), (postln_smooth, postln) = (measure_smoothness(results, norm) for norm in ("preln", "postln"))
-    return preln_smooth and not postln_smooth, f"{postln}; {preln}"
+    pairs = _pair_norms(results)
+    if pairs.empty:
+        return None, "preln and postln were not studied side by side"
+    worse = pairs[(pairs["lost_postln"] == pairs["seeds_postln"]) & (pairs["lost_preln"] == 0)]
+    return len(worse) > 0, f"in {_list_settings(worse, len(pairs))}"
+
+
+def _pair_norms(results: Results) -> pd.DataFrame:
+    """Pre-LN and Post-LN at the learning rates and warm-ups that both were run at."""
+    settings = read_norm_settings(results)
+    preln, postln = (settings[settings["norm"] == norm] for norm in ("preln", "postln"))
+    return preln.merge(postln, on=["max_lr", "warmup_steps"], suffixes=("_preln", "_postln"))
+
+
+def _list_settings(settings: pd.DataFrame, total: int) -> str:
+    names = "; ".join(name_setting(*row) for row in settings[["max_lr", "warmup_steps"]].itertuples(index=False))
+    return f"{len(settings)} of {total} settings" + (f" ({names})" if names else "")
 
 
 def measure_similar_heads(results: Results) -> Finding:

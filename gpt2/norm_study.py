@@ -1,6 +1,7 @@
 """Pre-LN, Post-LN and DeepNorm trained side by side: norm × learning rate × warm-up × seed on a small, deep model."""
 
 import itertools
+import math
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
@@ -11,9 +12,10 @@ import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 from torch import nn
 
-from gpt2.data import eval_windows, sample_windows
+from gpt2.data import sample_windows
 from gpt2.dist import Precision, autocast, setup_device
 from gpt2.evaluate import mean_loss
+from gpt2.files import UserError
 from gpt2.hardware import HardwareConfig
 from gpt2.model import GPT, GPTConfig, Norm
 from gpt2.optim import AdamConfig, OptimConfig, build_optimizer, lr_at
@@ -21,11 +23,15 @@ from gpt2.shape import ModelShape
 from gpt2.shards import TokenSet
 from gpt2.stability import DivergenceWatch, count_spikes, has_stalled
 
-RUN_COLUMNS = (
-    *("norm", "max_lr", "warmup_steps", "seed", "val_loss", "loss_spikes"),
-    *("diverged", "diverged_at_step", "stalled", "max_grad_norm"),
-)
-CURVE_COLUMNS = ("norm", "max_lr", "warmup_steps", "seed", "step", "loss", "grad_norm")
+SETTING_COLUMNS = ("norm", "max_lr", "warmup_steps")
+FAULT_COLUMNS = ("loss_spikes", "diverged", "diverged_at_step", "stalled", "max_grad_norm")
+RUN_COLUMNS = (*SETTING_COLUMNS, "seed", "val_loss", *FAULT_COLUMNS)
+TABLE_COLUMNS = (*SETTING_COLUMNS, "seeds", "val_loss", "val_loss_low", "val_loss_high", *FAULT_COLUMNS)
+CURVE_COLUMNS = (*SETTING_COLUMNS, "seed", "step", "loss", "grad_norm")
+
+# JSON has no infinity: figures there stop at so many nats, and at this L2 norm of all gradients. What is more, or not a
+# number, is of a run that diverged, and is written in full to the CSV files.
+LOSS_CAP, GRAD_NORM_CAP = 1e4, 1e9
 
 
 class NormStudyConfig(ModelShape, AdamConfig):
@@ -41,13 +47,15 @@ class NormStudyConfig(ModelShape, AdamConfig):
     max_steps: PositiveInt
     # The final learning rate as a fraction of the largest.
     min_lr_fraction: float = Field(ge=0, le=1)
-    # Windows of one step, and windows of one forward pass.
+    # Windows of one step, and at most of one forward pass.
     batch_windows: PositiveInt
     micro_batch: PositiveInt
     precision: Precision
-    # Tokens taken from the end of the training split, and from the start of the validation split.
+    # Tokens taken from the training and from the validation split, in windows spread evenly over it.
     train_tokens: PositiveInt
     eval_tokens: PositiveInt
+    # The most frequent tokens of the training slice keep an id of their own; all others share the last one.
+    vocab_size: int = Field(ge=2)
 
     @model_validator(mode="after")
     def _fits(self) -> "NormStudyConfig":
@@ -58,6 +66,10 @@ class NormStudyConfig(ModelShape, AdamConfig):
                 f"train_tokens={self.train_tokens} must fill one batch of batch_windows × block_size = "
                 f"{self.batch_windows * self.block_size}; raise it"
             )
+        for name in ("norms", "max_lrs", "warmup_steps", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)} must not name a value twice; remove one")
         return self
 
 
@@ -73,36 +85,76 @@ class Setting:
 
 @dataclass(frozen=True)
 class StudyData:
-    """Windows of token ids (N, T + 1), renumbered to the ids that occur, and the training split's unigram entropy."""
+    """Windows (N, T + 1) of ids below vocab_size, and the loss in nats of guessing by the training slice's frequencies.
+
+    On the training slice that loss is the unigram entropy; a run that learned no more ends at unigram_val_loss.
+    """
 
     train: torch.Tensor
     val: torch.Tensor
     vocab_size: int
     unigram_entropy: float
+    unigram_val_loss: float
 
 
 @dataclass(frozen=True)
 class RunResult:
-    """Loss and gradient norm of every step, and the final validation loss."""
+    """Loss and gradient norm of every step before a divergence; the largest gradient norm, that of the diverging step
+    included; and the validation loss of the last weights.
+
+    The last two may be infinite or not a number if the run diverged. It did so at step max_steps, counted from 0, if
+    the validation was the first to see it.
+    """
 
     setting: Setting
     losses: list[float]
     grad_norms: list[float]
+    max_grad_norm: float
     val_loss: float
     diverged_at_step: int
 
 
 def load_study_data(config: NormStudyConfig, train: TokenSet, val: TokenSet) -> StudyData:
-    """Cut the slices and renumber their ids densely.
+    """Cut the slices and number their tokens by frequency.
 
-    A slice uses a fraction of the vocabulary; ids that never occur would only cost time in the classifier.
+    The rare ones share an id: a short run learns nothing about them, and they would double its time in the classifier.
+    Raises UserError if a split is too short.
     """
-    start = max(0, train.n_tokens - config.train_tokens - 1)
-    train_windows = eval_windows(train, config.block_size, config.train_tokens, start)
-    val_windows = eval_windows(val, config.block_size, config.eval_tokens)
-    both = torch.cat([train_windows, val_windows])
-    ids, dense = torch.unique(both, return_inverse=True)
-    return StudyData(dense[: len(train_windows)], dense[len(train_windows) :], len(ids), train.unigram_entropy)
+    train_windows = spread_windows(train, config.block_size, config.train_tokens)
+    val_windows = spread_windows(val, config.block_size, config.eval_tokens)
+    counts = np.bincount(train_windows[:, 1:].flatten(), minlength=train.vocabulary.vocab_size)
+    ranks = np.argsort(np.argsort(-counts, kind="stable"))
+    ids = torch.from_numpy(np.minimum(ranks, config.vocab_size - 1))
+    train_windows, val_windows = ids[train_windows], ids[val_windows]
+    return StudyData(train_windows, val_windows, config.vocab_size, *unigram_losses(train_windows, val_windows))
+
+
+def spread_windows(tokens: TokenSet, block_size: int, n_tokens: int) -> torch.Tensor:
+    """Windows (n_tokens // block_size, block_size + 1) int64 of a split, one every so many.
+
+    A corpus may be ordered by origin, so that one stretch of it is unlike another. Raises UserError if the split is too
+    short or n_tokens less than a window.
+    """
+    count, available = n_tokens // block_size, (tokens.n_tokens - 1) // block_size
+    if not 0 < count <= available:
+        raise UserError(
+            f"{tokens.path} has {tokens.n_tokens} tokens, {available} windows of {block_size}; norm_study asks for "
+            f"{n_tokens} tokens, {count} windows; ask for 1 to {available} or prepare more text"
+        )
+    starts = np.arange(count) * available // count * block_size
+    windows = np.stack([tokens.read(int(start), block_size + 1) for start in starts])
+    return torch.from_numpy(windows.astype(np.int64))
+
+
+def unigram_losses(train: torch.Tensor, val: torch.Tensor) -> tuple[float, float]:
+    """Mean loss in nats of guessing each target by its share of the targets of `train`: on `train` and on `val`.
+
+    Both are windows (N, T + 1). An id that `train` lacks counts as seen once.
+    """
+    n_ids = int(max(train.max(), val.max())) + 1
+    seen, asked = (np.bincount(windows[:, 1:].flatten(), minlength=n_ids) for windows in (train, val))
+    losses = -np.log(np.maximum(seen, 1) / seen.sum())
+    return float(losses @ seen / seen.sum()), float(losses @ asked / asked.sum())
 
 
 def run_study(config: NormStudyConfig, data: StudyData, hardware: HardwareConfig) -> list[RunResult]:
@@ -140,18 +192,20 @@ def train_run(setting: Setting, config: NormStudyConfig, data: StudyData, device
     )
     model = GPT(shape, setting.seed).to(device)
     optimizer = build_optimizer(model, schedule)
+    parameters = list(model.parameters())
+    samples = np.arange(config.max_steps * config.batch_windows)
+    order = sample_windows(samples, len(data.train), setting.seed).reshape(config.max_steps, config.batch_windows)
     losses, grad_norms, watch = [], [], DivergenceWatch()
     diverged_at_step = -1
     for step in range(config.max_steps):
-        samples = np.arange(step * config.batch_windows, (step + 1) * config.batch_windows)
-        batch = data.train[sample_windows(samples, len(data.train), setting.seed)].to(device)
+        batch = data.train[order[step]].to(device)
         loss = 0.0
         for windows in batch.split(config.micro_batch):
             with autocast(device, config.precision):
                 part = model(windows[:, :-1], windows[:, 1:]) * (len(windows) / len(batch))
             part.backward()
             loss += part.item()
-        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip).item()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
         if watch.update(loss, grad_norm):
             diverged_at_step = step
             break
@@ -161,71 +215,109 @@ def train_run(setting: Setting, config: NormStudyConfig, data: StudyData, device
             group["lr"] = lr_at(step, schedule)
         optimizer.step()
         optimizer.zero_grad(set_to_none=True)
+    # Not max(), which may pass over what is not a number.
+    max_grad_norm = float(np.max([*grad_norms, grad_norm]))
     val_loss = mean_loss(model, data.val, config.micro_batch, config.precision)
-    return RunResult(setting, losses, grad_norms, val_loss, diverged_at_step)
+    if diverged_at_step < 0 and not math.isfinite(val_loss):
+        diverged_at_step = config.max_steps
+    return RunResult(setting, losses, grad_norms, max_grad_norm, val_loss, diverged_at_step)
 
 
-def run_rows(results: Sequence[RunResult], unigram_entropy: float) -> list[tuple]:
-    """One row a run, as in RUN_COLUMNS."""
-    return [
-        (
-            *(r.setting.norm, r.setting.max_lr, r.setting.warmup_steps, r.setting.seed, r.val_loss),
-            *(count_spikes(r.losses), int(r.diverged_at_step >= 0), r.diverged_at_step),
-            *(int(has_stalled(r.val_loss, unigram_entropy)), max(r.grad_norms, default=0.0)),
+def run_rows(results: Sequence[RunResult], data: StudyData) -> list[tuple]:
+    """One row a run, as in RUN_COLUMNS. A run that diverged has not stalled as well: it broke off."""
+    rows = []
+    for r in results:
+        diverged = r.diverged_at_step >= 0
+        stalled = not diverged and has_stalled(r.val_loss, data.unigram_val_loss)
+        faults = (count_spikes(r.losses), int(diverged), r.diverged_at_step, int(stalled), r.max_grad_norm)
+        rows.append((*_place(r), r.setting.seed, r.val_loss, *faults))
+    return rows
+
+
+def table_rows(results: Sequence[RunResult], data: StudyData) -> list[tuple]:
+    """One row for each norm, learning rate and warm-up, as in TABLE_COLUMNS.
+
+    The validation loss is the mean over seeds, between the lowest and the highest; spikes, `diverged` and `stalled` are
+    summed; the step is that of the earliest divergence, the gradient norm the largest. What is not a number counts as
+    infinite.
+    """
+    rows = []
+    for setting, runs in itertools.groupby(run_rows(results, data), key=lambda row: row[: len(SETTING_COLUMNS)]):
+        columns = dict(zip(RUN_COLUMNS, zip(*runs, strict=True), strict=True))
+        losses, grad_norms = (
+            [math.inf if math.isnan(value) else value for value in columns[name]]
+            for name in ("val_loss", "max_grad_norm")
         )
-        for r in results
-    ]
+        row = {
+            "seeds": len(losses),
+            "val_loss": sum(losses) / len(losses),
+            "val_loss_low": min(losses),
+            "val_loss_high": max(losses),
+            "loss_spikes": sum(columns["loss_spikes"]),
+            "diverged": sum(columns["diverged"]),
+            "diverged_at_step": min((step for step in columns["diverged_at_step"] if step >= 0), default=-1),
+            "stalled": sum(columns["stalled"]),
+            "max_grad_norm": max(grad_norms),
+        }
+        rows.append((*setting, *row.values()))
+    return rows
 
 
 def curve_rows(results: Sequence[RunResult]) -> list[tuple]:
     """One row a step of each run, as in CURVE_COLUMNS."""
     return [
-        (r.setting.norm, r.setting.max_lr, r.setting.warmup_steps, r.setting.seed, step + 1, loss, grad_norm)
+        (*_place(r), r.setting.seed, step + 1, loss, grad_norm)
         for r in results
         for step, (loss, grad_norm) in enumerate(zip(r.losses, r.grad_norms, strict=True))
     ]
 
 
 def wide_rows(results: Sequence[RunResult], config: NormStudyConfig, quantity: str) -> list[list]:
-    """Rows of step and `quantity` ("losses" or "grad_norms") of each norm's reference run; empty after divergence."""
-    curves = [getattr(_reference_runs(results, config, norm)[0], quantity) for norm in config.norms]
+    """Rows of step and `quantity` ("losses" or "grad_norms") of each norm at the reference setting with the first seed;
+    empty after divergence."""
+    reference = (config.max_lrs[0], config.warmup_steps[0], config.seeds[0])
+    runs = {Setting(norm, *reference): norm for norm in config.norms}
+    curves = [getattr(r, quantity) for r in results if r.setting in runs]
     return [[step + 1, *values] for step, values in enumerate(itertools.zip_longest(*curves, fillvalue=""))]
 
 
-def _reference_runs(results: Sequence[RunResult], config: NormStudyConfig, norm: str) -> list[RunResult]:
-    """The runs of a norm at the first learning rate and warm-up, one for each seed."""
-    setting = (norm, config.max_lrs[0], config.warmup_steps[0])
-    return [r for r in results if (r.setting.norm, r.setting.max_lr, r.setting.warmup_steps) == setting]
-
-
 def study_figures(results: Sequence[RunResult], config: NormStudyConfig, data: StudyData) -> dict[str, float]:
-    """Figures of metrics/norm_study.json.
+    """Figures of metrics/norm_study.json, up to LOSS_CAP and GRAD_NORM_CAP.
 
     `<norm>_val_loss` and `<norm>_max_grad_norm` are those of the reference setting, the loss a mean over seeds;
-    `<norm>_best_val_loss` is the lowest mean over seeds of any setting, at `<norm>_best_max_lr`. Spikes are counted,
-    and `diverged`, `stalled` asked, over all runs of the norm; the step is that of the earliest divergence.
+    `<norm>_best_val_loss` is the lowest mean over seeds of any setting, at `<norm>_best_max_lr` and
+    `<norm>_best_warmup_steps`. Spikes are counted, and `diverged`, `stalled` asked, over all runs of the norm; the step
+    is that of the earliest divergence. `<norm>_settings_<fault>` counts the settings in which any run has the fault.
     """
+    table = [dict(zip(TABLE_COLUMNS, row, strict=True)) for row in table_rows(results, data)]
     figures: dict[str, float] = {
         "runs": len(results),
-        "unigram_entropy": data.unigram_entropy,
+        "seeds": len(config.seeds),
+        "settings": len(config.max_lrs) * len(config.warmup_steps),
         "vocab_size": data.vocab_size,
+        "unigram_entropy": data.unigram_entropy,
+        "unigram_val_loss": data.unigram_val_loss,
     }
     for norm in config.norms:
-        rows = [dict(zip(RUN_COLUMNS, row, strict=True)) for row in run_rows(results, data.unigram_entropy)]
-        rows = [row for row in rows if row["norm"] == norm]
-        reference = _reference_runs(results, config, norm)
-        by_setting: dict[tuple, list[float]] = {}
-        for row in rows:
-            by_setting.setdefault((row["max_lr"], row["warmup_steps"]), []).append(row["val_loss"])
-        best = min(by_setting, key=lambda setting: np.mean(by_setting[setting]))
+        rows = [row for row in table if row["norm"] == norm]
+        reference, best = rows[0], min(rows, key=lambda row: row["val_loss"])
         figures |= {
-            f"{norm}_val_loss": float(np.mean([r.val_loss for r in reference])),
-            f"{norm}_best_val_loss": float(np.mean(by_setting[best])),
-            f"{norm}_best_max_lr": best[0],
+            f"{norm}_val_loss": min(reference["val_loss"], LOSS_CAP),
+            f"{norm}_best_val_loss": min(best["val_loss"], LOSS_CAP),
+            f"{norm}_best_max_lr": best["max_lr"],
+            f"{norm}_best_warmup_steps": best["warmup_steps"],
             f"{norm}_loss_spikes": sum(row["loss_spikes"] for row in rows),
-            f"{norm}_diverged": max(row["diverged"] for row in rows),
+            f"{norm}_diverged": int(any(row["diverged"] for row in rows)),
             f"{norm}_diverged_at_step": min((row["diverged_at_step"] for row in rows if row["diverged"]), default=-1),
-            f"{norm}_stalled": max(row["stalled"] for row in rows),
-            f"{norm}_max_grad_norm": max(max(r.grad_norms, default=0.0) for r in reference),
+            f"{norm}_stalled": int(any(row["stalled"] for row in rows)),
+            f"{norm}_max_grad_norm": min(reference["max_grad_norm"], GRAD_NORM_CAP),
+            f"{norm}_settings_spiked": sum(row["loss_spikes"] > 0 for row in rows),
+            f"{norm}_settings_diverged": sum(row["diverged"] > 0 for row in rows),
+            f"{norm}_settings_stalled": sum(row["stalled"] > 0 for row in rows),
         }
     return figures
+
+
+def _place(result: RunResult) -> tuple:
+    """Where a run stands in the grid, as in SETTING_COLUMNS."""
+    return result.setting.norm, result.setting.max_lr, result.setting.warmup_steps

@@ -2,13 +2,10 @@
 
 Every section of the active scale is loaded into a frozen `Config` that lives beside the code that uses it. Loading is
 strict: an unknown, missing, mistyped or out-of-range value raises before any work, with key, value, rule and remedy.
-
-`python -m gpt2.params hardware.nproc` prints one value of the active scale, for use in a command line.
 """
 
 import difflib
 import json
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TypeVar
@@ -98,24 +95,3 @@ def _explain(fault: dict, cls: type[Config], path: str, known: Iterable[str]) ->
         hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(cls.model_fields)}"
         return f"{key} = {fault['input']!r} is not a known key; {hint}"
     return f"{key} = {fault['input']!r}: {rule}" if location else f"{path}: {rule}"
-
-
-def main(argv: list[str]) -> None:
-    """Print the value at a dotted key of the active scale, for `$(python -m gpt2.params KEY)`."""
-    if len(argv) != 1:
-        raise SystemExit("usage: python -m gpt2.params SECTION.KEY")
-    try:
-        values = read()
-        scale = active_scale(values)
-        node = values[scale]
-        for part in argv[0].split("."):
-            if not isinstance(node, dict) or part not in node:
-                raise UserError(f"{scale}.{argv[0]} is not in {PARAMS_FILE}")
-            node = node[part]
-    except UserError as error:
-        raise SystemExit(f"params: {error}") from error
-    sys.stdout.write(f"{node}\n")
-
-
-if __name__ == "__main__":
-    main(sys.argv[1:])

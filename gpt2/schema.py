@@ -76,5 +76,6 @@ def _check_together(scale: str, configs: dict[str, Config | None], attempt) -> N
     if tokenize:
         attempt(load_encoding, tokenize.encoding, place=f"{scale}: ")
     if train and model and hardware:
-        processes = 1 if hardware.nproc == "gpu" else hardware.nproc
-        attempt(train.accumulation, model.block_size, processes, place=f"{scale}: ")
+        # `gpu` is a number only on the machine that trains.
+        on_each = 1 if hardware.nproc == "gpu" else hardware.nproc
+        attempt(train.accumulation, model.block_size, on_each * hardware.nnodes, place=f"{scale}: ")

@@ -27,13 +27,19 @@ class Stage:
 
     Inside, `load` reads parameters and `timed` collects measured figures. On leaving without an error the sources and
     parameters are compared with what they were at the start and `metrics/speed/<name>.json` is written. A UserError
-    ends the process with its message alone. `main=False` (a rank other than 0) logs warnings only and writes nothing.
+    ends the process with its message alone.
     """
 
-    def __init__(self, name: str, main: bool = True):
-        self.name, self.main = name, main
+    def __init__(self, name: str):
+        self.name = name
+        self._silent = False
         self.timed: dict[str, float] = {}
         self._read: list[tuple[str, Callable[[], object], object]] = []
+
+    def silence(self) -> None:
+        """Log warnings only and write nothing: for all processes of a stage but one."""
+        self._silent = True
+        logging.getLogger().setLevel(logging.WARNING)
 
     def load(self, section: str, cls: type[C], **known) -> C:
         """Load a section of the active scale; see `params.load`."""
@@ -50,7 +56,7 @@ class Stage:
 
     def __enter__(self) -> "Stage":
         logging.basicConfig(
-            level=logging.INFO if self.main else logging.WARNING,
+            level=logging.INFO,
             format=f"%(asctime)s {self.name}: %(message)s",
             datefmt="%H:%M:%S",
             stream=sys.stderr,
@@ -62,7 +68,7 @@ class Stage:
     def __exit__(self, kind, error, traceback) -> None:
         if isinstance(error, UserError):
             raise SystemExit(f"{self.name}: {error}") from None
-        if error is not None or not self.main:
+        if error is not None or self._silent:
             return
         self._refuse_if_edited()
         seconds = time.perf_counter() - self._started

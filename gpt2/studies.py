@@ -1,12 +1,13 @@
 """The sections of the report on what was studied: a sentence from the figures, the figure, the table, the verdicts."""
 
 from collections.abc import Callable, Mapping, Sequence
+from typing import NamedTuple
 
 import pandas as pd
 
 from gpt2.claims import Row
 from gpt2.markup import literal, number, table
-from gpt2.measures import WORD_GROUPS, read_vocabularies, rise_at_15
+from gpt2.measures import EMBEDDINGS, WORD_GROUPS, name_setting, read_norm_settings, read_vocabularies, rise_at_15
 from gpt2.results import Results
 
 MAX_EXAMPLES = 12
@@ -32,34 +33,108 @@ def describe_training(results: Results, figures: Mapping[str, str]) -> str:
         f"{number(abs(entropy - last))} {'below' if last < entropy else 'above'} the unigram entropy of the training "
         f"tokens. The largest gradient norm was {number(results.value('train.max_grad_norm'))}, with "
         f"{number(results.value('train.loss_spikes'))} loss spikes. {benchmark}\n\n"
-        f"![Loss against tokens]({figures['loss']})\n\n![Benchmark accuracy against tokens]({figures['benchmark']})"
+        f"![Loss against tokens]({figures['loss']})\n\n![Benchmark accuracy against tokens]({figures['benchmark']})\n\n"
+        f"{_tell_layers(results)}![Gradient and activation norm of each layer]({figures['layers']})"
+    )
+
+
+def _tell_layers(results: Results) -> str:
+    """A paragraph on the blocks at the last step at which their norms were logged; nothing if they never were."""
+    columns = ["step", "layer", "grad_norm", "activation_norm"]
+    layers = results.table("train/layers.csv", columns, may_be_empty=True).dropna()
+    blocks = layers[layers["layer"] != EMBEDDINGS].set_index("layer")
+    if blocks.empty:
+        return ""
+    last = blocks[blocks["step"] == blocks["step"].max()].sort_index()
+    gradients, activations = last["grad_norm"], last["activation_norm"]
+    return (
+        f"At step {number(last['step'].iloc[0])} the gradient norm of a block is between {number(gradients.min())} "
+        f"(layer {gradients.idxmin()}) and {number(gradients.max())} (layer {gradients.idxmax()}); the root mean "
+        f"square of the residual stream goes from {number(activations.iloc[0])} after the first block to "
+        f"{number(activations.iloc[-1])} after the last.\n\n"
     )
 
 
 def describe_norms(results: Results, figures: Mapping[str, str]) -> str:
-    """Every run of the norm study."""
+    """Which norm learns at which learning rate and warm-up, how the others fail, and what rescues them."""
     columns: Columns = {
-        "norm": ("Norm", str),
         "max_lr": ("Learning rate", "{:g}".format),
         "warmup_steps": ("Warm-up steps", number),
-        "seed": ("Seed", str),
+        "norm": ("Norm", str),
+        "seeds": ("Runs", number),
         "val_loss": ("Validation loss", number),
+        "val_loss_low": ("Lowest", number),
+        "val_loss_high": ("Highest", number),
         "loss_spikes": ("Spikes", number),
-        "diverged_at_step": ("Diverged at step", lambda step: "-" if step < 0 else number(step)),
-        "stalled": ("Stalled", lambda stalled: "yes" if stalled else "no"),
+        "diverged": ("Diverged", number),
+        "diverged_at_step": ("At step", lambda step: "-" if step < 0 else number(step)),
+        "stalled": ("Stalled", number),
         "max_grad_norm": ("Largest gradient norm", number),
     }
-    runs = results.table("norm_study/runs.csv", list(columns))
-    finite = runs.dropna(subset=["val_loss"])
-    lead = f"None of {len(runs)} runs has a finite validation loss."
+    table = results.table("norm_study/table.csv", list(columns))
+    settings = read_norm_settings(results)
+    layers, steps = (results.setting("norm_study", key) for key in ("n_layer", "max_steps"))
+    lead = (
+        f"{number(settings['seeds'].sum())} models of {layers} layers, each trained for {number(steps)} steps. A run "
+        "that ends no better than guessing every token by its frequency, at "
+        f"{number(results.value('norm_study.unigram_val_loss'))} nats, has stalled."
+    )
+    finite = table.dropna(subset=["val_loss"])
     if len(finite):
         best = finite.loc[finite["val_loss"].idxmin()]
-        lead = (
-            f"Of {len(runs)} runs the lowest validation loss, {number(best['val_loss'])}, is that of {best['norm']} "
-            f"at a learning rate of {best['max_lr']:g} with {number(best['warmup_steps'])} warm-up steps."
+        lead += (
+            f" The lowest mean loss, {number(best['val_loss'])}, is that of {best['norm']} at a learning rate of "
+            f"{name_setting(best['max_lr'], best['warmup_steps'])}."
         )
+    norms = "\n".join(_tell_norm(norm, rows) for norm, rows in settings.groupby("norm", sort=False))
     picture = f"![Loss and gradient norm of each norm]({figures['norm_study']})"
-    return "\n\n".join((lead, picture, _frame(runs, columns)))
+    # The norms stand together at each setting.
+    ordered = table.sort_values(["max_lr", "warmup_steps"], kind="stable")
+    return "\n\n".join((lead, norms, picture, _frame(ordered, columns)))
+
+
+def _tell_norm(norm: str, settings: pd.DataFrame) -> str:
+    """A list item on one norm, with an item below for each learning rate and warm-up at which a run was in trouble."""
+    learned = f"- **{norm}**: all runs learn in {(settings['lost'] == 0).sum()} of {len(settings)} settings"
+    troubled = settings[settings["rough"] | (settings["lost"] > 0)]
+    if troubled.empty:
+        return f"{learned}, without a spike."
+    items = (f"    - {_tell_trouble(row)}{_tell_rescue(row, settings)}." for row in troubled.itertuples())
+    return "\n".join((f"{learned}. In trouble at a learning rate of", *items))
+
+
+def _tell_trouble(row: NamedTuple) -> str:
+    faults = {"diverged": row.diverged, "stalled": row.stalled}
+    told = [f"{number(count)} of {number(row.seeds)} runs {fault}" for fault, count in faults.items() if count]
+    if row.loss_spikes:
+        told.append(f"{number(row.loss_spikes)} spike{'s' * (row.loss_spikes > 1)}")
+    if not row.lost:
+        told.append("all runs learn")
+    return f"{name_setting(row.max_lr, row.warmup_steps)}: {', '.join(told)}"
+
+
+def _tell_rescue(row: NamedTuple, settings: pd.DataFrame) -> str:
+    """How many runs learn with a longer warm-up alone, and at a lower learning rate alone, as far as was tried."""
+    if not row.lost:
+        return ""
+    longer = settings[(settings["max_lr"] == row.max_lr) & (settings["warmup_steps"] > row.warmup_steps)]
+    lower = settings[(settings["warmup_steps"] == row.warmup_steps) & (settings["max_lr"] < row.max_lr)]
+    cures = {
+        "a longer warm-up": longer.sort_values("warmup_steps"),
+        "a lower learning rate": lower.sort_values("max_lr", ascending=False),
+    }
+    told = []
+    for cure, tried in cures.items():
+        if tried.empty:
+            continue
+        # The nearest of the settings that lose fewest.
+        best = tried.loc[tried["lost"].idxmin()]
+        if best["lost"] >= row.lost:
+            told.append(f"{cure} does not help")
+            continue
+        setting = name_setting(best["max_lr"], best["warmup_steps"])
+        told.append(f"{cure} ({setting}) rescues {row.lost - best['lost']} of {row.lost}")
+    return "".join(f"; {words}" for words in told)
 
 
 def describe_vocabularies(results: Results, figures: Mapping[str, str]) -> str:

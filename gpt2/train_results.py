@@ -7,7 +7,7 @@ import numpy as np
 import torch
 from torch.nn.attention import SDPBackend
 
-from gpt2.data import sample_windows
+from gpt2.data import TrainOrder, sample_windows
 from gpt2.dist import Dist, Precision
 from gpt2.files import read_json
 from gpt2.model import GPT, GPTConfig
@@ -18,7 +18,7 @@ from gpt2.train import TrainConfig, TrainResult
 # Code and parameters that decide the result. The parameters below change its cost only.
 SOURCES = [
     Path(__file__).with_name(f"{name}.py")
-    for name in ("data", "dist", "evaluate", "hellaswag", "loss", "model", "optim", "stability", "train")
+    for name in ("data", "dist", "evaluate", "hellaswag", "layers", "loss", "model", "optim", "stability", "train")
 ]
 COST_ONLY = {"micro_batch", "compile", "checkpoint_interval", "log_interval"}
 
@@ -35,6 +35,15 @@ def run_identity(model_config: GPTConfig, config: TrainConfig, tokens: TokenSet)
     }
 
 
+def describe_length(config: TrainConfig, order: TrainOrder) -> str:
+    """The length of the run in steps and in epochs."""
+    epochs = config.max_steps * order.batch_windows / order.windows_per_epoch
+    return (
+        f"{config.max_steps:,} steps of {config.tokens_per_step:,} tokens, which are {epochs:.2f} epochs of "
+        f"{order.windows_per_epoch:,} windows of {order.block_size} tokens"
+    )
+
+
 def run_figures(
     result: TrainResult,
     config: TrainConfig,
@@ -45,12 +54,14 @@ def run_figures(
     n_items: int,
 ) -> dict[str, float]:
     """Figures of metrics/train.json. train_loss is the mean over the last log_interval steps."""
-    _, _, val_loss, acc, acc_norm = result.eval_rows[-1]
-    losses = [row[2] for row in result.train_rows] or [val_loss]
-    seen = len(result.train_rows) * config.tokens_per_step
+    rows, (model_step, _, val_loss, acc, acc_norm) = result.rows["train"], result.rows["eval"][-1]
+    losses = [row[2] for row in rows] or [val_loss]
+    seen = len(rows) * config.tokens_per_step
     return {
         "n_params": trained.n_params(),
-        "steps": len(result.train_rows),
+        "steps": len(rows),
+        # Fewer than `steps` only where the last weights had no finite validation loss.
+        "model_steps": model_step,
         "max_steps": config.max_steps,
         "tokens_per_step": config.tokens_per_step,
         "tokens_seen": seen,
@@ -66,7 +77,7 @@ def run_figures(
         "hellaswag_acc": acc,
         "hellaswag_acc_norm": acc_norm,
         "hellaswag_items": n_items,
-        "max_grad_norm": max((row[4] for row in result.train_rows), default=0.0),
+        "max_grad_norm": max((row[4] for row in rows), default=0.0),
         "loss_spikes": count_spikes(losses),
         "diverged": int(result.diverged_at_step >= 0),
         "diverged_at_step": result.diverged_at_step,

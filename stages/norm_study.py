@@ -7,12 +7,14 @@ from gpt2.hardware import HardwareConfig
 from gpt2.norm_study import (
     CURVE_COLUMNS,
     RUN_COLUMNS,
+    TABLE_COLUMNS,
     NormStudyConfig,
     curve_rows,
     load_study_data,
     run_rows,
     run_study,
     study_figures,
+    table_rows,
     wide_rows,
 )
 from gpt2.shards import TokenSet
@@ -28,7 +30,8 @@ def main() -> None:
         config = stage.load("norm_study", NormStudyConfig)
         data = load_study_data(config, TokenSet(TOKENS, "train"), TokenSet(TOKENS, "val"))
         results = run_study(config, data, stage.load("hardware", HardwareConfig))
-        write_csv(CURVES / "runs.csv", RUN_COLUMNS, run_rows(results, data.unigram_entropy))
+        write_csv(CURVES / "runs.csv", RUN_COLUMNS, run_rows(results, data))
+        write_csv(CURVES / "table.csv", TABLE_COLUMNS, table_rows(results, data))
         write_csv(CURVES / "curves.csv", CURVE_COLUMNS, curve_rows(results))
         columns = ("step", *config.norms)
         write_csv(CURVES / "loss.csv", columns, wide_rows(results, config, "losses"))

@@ -9,10 +9,11 @@ import torch
 from gpt2.model import GPT, GPTConfig
 from gpt2.shards import Vocabulary, write_split
 from gpt2.weights import save_model
+from tests.settings import HARDWARE
 
 VOCAB_SIZE, BLOCK_SIZE = 97, 24
 SECTIONS = {
-    "hardware": {"nproc": 1, "threads": 1, "workers": 1},
+    "hardware": HARDWARE,
     "heads": {"n_tokens": 200, "batch_size": 3, "threshold": 0.85, "seed": 7},
     "prune": {
         "shares": [0.1, 0.5],

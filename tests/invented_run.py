@@ -12,6 +12,11 @@ from gpt2.report import TIMED_STAGES
 from gpt2.results import Results
 
 NORMS = ("preln", "postln", "deepnorm")
+TABLE_COLUMNS = (
+    *("norm", "max_lr", "warmup_steps", "seeds", "val_loss", "val_loss_low", "val_loss_high"),
+    *("loss_spikes", "diverged", "diverged_at_step", "stalled", "max_grad_norm"),
+)
+LAYER_COLUMNS = ("step", "layer", "grad_norm", "activation_norm")
 CRITERIA = ("redundancy", "taylor", "magnitude", "random")
 VOCABULARIES = {"bpe_1024": 1024, "bpe_4096": 4096, "bpe_16384": 16384, "gpt2": 50257}
 
@@ -23,9 +28,11 @@ def invent_run(root: Path, scale: str = "tiny", norm: str = "preln", n_layer: in
         "benchmark": {"source": "hub" if scale == "full" else "heldout"},
         "model": {"n_layer": n_layer, "n_head": n_head, "n_embd": 16 * n_head, "block_size": 256},
         "train": {"max_steps": 250, "max_lr": 0.001},
+        "norm_study": {"n_layer": 12, "max_steps": 120},
     }
     write_json(root / "params.yaml", {"norm": norm, "scale": scale, scale: settings})
     _invent_training(root)
+    _invent_layers(root, n_layer)
     _invent_norm_study(root)
     _invent_tokenizer_study(root)
     _invent_heads(root, n_layer, n_head)
@@ -78,26 +85,36 @@ def _invent_training(root: Path) -> None:
     write_json(root / "metrics/tokens.json", tokens)
 
 
+def _invent_layers(root: Path, n_layer: int) -> None:
+    rows = [
+        (step, layer, 0.3 * math.exp(-step / 200) / (layer + 2), 0.05 * (layer + 2) * (1 + step / 50))
+        for step in range(0, 251, 25)
+        for layer in range(-1, n_layer)
+    ]
+    write_csv(root / "plots/train/layers.csv", LAYER_COLUMNS, rows)
+
+
 def _invent_norm_study(root: Path) -> None:
+    """Pre-LN learns everywhere. Post-LN spikes at the higher rate with a warm-up, and stalls there without one."""
     rng = np.random.default_rng(1)
-    curves = {norm: 4 + 5 * np.exp(-np.arange(120) / 30) + rng.normal(0, 0.05, 120) for norm in NORMS}
-    curves["postln"][60:] = 6.9 + rng.normal(0, 0.05, 60)
-    for name, factor in (("loss", 1), ("grad_norm", 0.3)):
-        rows = [(s + 1, *(factor * curves[norm][s] for norm in NORMS)) for s in range(120)]
-        write_csv(root / f"plots/norm_study/{name}.csv", ("step", *NORMS), rows)
+    learns = 4 + 5 * np.exp(-np.arange(120) / 30) + rng.normal(0, 0.05, 120)
+    stalls = np.maximum(learns, 6.8)
     columns = ("norm", "max_lr", "warmup_steps", "seed", "val_loss", "loss_spikes", "diverged", "diverged_at_step",
                "stalled", "max_grad_norm")  # fmt: skip
-    runs = [
-        (norm, lr, 10, 0, curves[norm][-1], 0, 0, -1, int(norm == "postln"), 5.5)
-        for norm in NORMS
-        for lr in (1e-3, 3e-3)
-    ]
+    settings = [(norm, lr, warmup) for norm in NORMS for lr in (3e-3, 1e-3) for warmup in (0, 10)]
+    runs, table, steps = [], [], []
+    for norm, lr, warmup in settings:
+        spikes, stalled = (int((norm, lr, warmup) == ("postln", 3e-3, place)) for place in (10, 0))
+        loss = 6.9 if stalled else 4.0 + 100 * lr
+        faults = (0, -1, stalled, 5.5)
+        runs += [(norm, lr, warmup, seed, loss, spikes, *faults) for seed in (1, 2)]
+        table.append((norm, lr, warmup, 2, loss, loss, loss, 2 * spikes, 0, -1, 2 * stalled, 5.5))
+        curve = stalls if stalled else learns
+        steps += [(norm, lr, warmup, seed, s + 1, curve[s], 0.3 * curve[s]) for seed in (1, 2) for s in range(120)]
     write_csv(root / "plots/norm_study/runs.csv", columns, runs)
-    metrics = {"unigram_entropy": 6.8, "runs": len(runs)}
-    for norm in NORMS:
-        metrics |= {f"{norm}_val_loss": float(curves[norm][-1]), f"{norm}_loss_spikes": 0, f"{norm}_diverged": 0}
-        metrics |= {f"{norm}_diverged_at_step": -1, f"{norm}_stalled": int(norm == "postln")}
-    write_json(root / "metrics/norm_study.json", metrics)
+    write_csv(root / "plots/norm_study/table.csv", TABLE_COLUMNS, table)
+    write_csv(root / "plots/norm_study/curves.csv", (*columns[:4], "step", "loss", "grad_norm"), steps)
+    write_json(root / "metrics/norm_study.json", {"unigram_entropy": 6.8, "unigram_val_loss": 6.85})
 
 
 def _invent_tokenizer_study(root: Path) -> None:
@@ -182,17 +199,29 @@ def break_off(root: Path) -> None:
     write_evaluations(root, [(0, 0, 10.9, 0.24, 0.25)])
     for key, value in {"diverged": 1, "diverged_at_step": 3, "tokens_per_step": 4096, "val_loss": 10.9}.items():
         set_metric(root, f"train.{key}", value)
+    write_csv(root / "plots/train/layers.csv", LAYER_COLUMNS, [(0, -1, 1.0, 0.02), (0, 0, math.nan, math.inf)])
     folder = root / "plots/norm_study"
     runs = pd.read_csv(folder / "runs.csv")
-    runs.loc[runs["norm"] == "postln", ["val_loss", "diverged", "diverged_at_step"]] = [math.nan, 1, 40]
+    runs.loc[runs["norm"] == "postln", ["val_loss", "diverged", "diverged_at_step", "stalled"]] = [math.nan, 1, 40, 0]
     runs.to_csv(folder / "runs.csv", index=False)
-    for name in ("loss", "grad_norm"):
-        curve = pd.read_csv(folder / f"{name}.csv")
-        curve.loc[40:, "postln"] = math.nan
-        curve.to_csv(folder / f"{name}.csv", index=False)
+    set_norm_study(root, "postln", val_loss=math.inf, diverged=2, diverged_at_step=40, stalled=0)
+    curves = pd.read_csv(folder / "curves.csv")
+    curves[(curves["norm"] != "postln") | (curves["step"] <= 40)].to_csv(folder / "curves.csv", index=False)
+
+
+def set_norm_study(root: Path, norm: str, setting: tuple[float, int] | None = None, **values: float) -> None:
+    """Set columns of a norm in the table of the norm study, at one learning rate and warm-up or at all."""
+    path = root / "plots/norm_study/table.csv"
+    table = pd.read_csv(path)
+    rows = table["norm"] == norm
+    if setting is not None:
+        rows &= (table["max_lr"] == setting[0]) & (table["warmup_steps"] == setting[1])
+    table.loc[rows, list(values)] = list(values.values())
+    table.to_csv(path, index=False)
 
 
 def load_weights(root: Path) -> None:
     """Let the run have trained nothing, as with weights from elsewhere."""
     write_csv(root / "plots/train/train.csv", ("step", "tokens", "loss", "lr", "grad_norm"), [])
+    write_csv(root / "plots/train/layers.csv", LAYER_COLUMNS, [])
     write_evaluations(root, [(0, 0, 3.3, 0.28, 0.29)])

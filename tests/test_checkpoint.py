@@ -10,11 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import safe_open
 from torch import Tensor
 
 from gpt2 import checkpoint
-from gpt2.checkpoint import KEPT, drop, load_checkpoint, locked, save_checkpoint, scratch_folder
+from gpt2.checkpoint import (
+    KEPT,
+    drop,
+    locked,
+    read_checkpoints,
+    require_agreement,
+    restore,
+    save_checkpoint,
+    scratch_folder,
+)
+from gpt2.dist import Dist
 from gpt2.files import UserError
 from gpt2.model import GPT, GPTConfig
 from gpt2.optim import OptimConfig, build_optimizer
@@ -27,9 +37,9 @@ SCHEDULE = OptimConfig(**ADAM, max_steps=100, max_lr=1e-2, min_lr=1e-3, warmup_s
 class Trainer:
     """A model and its optimizer, trained on random tokens that depend on the step alone."""
 
-    def __init__(self, seed: int = 0):
+    def __init__(self, seed: int = 0, optimizer: str = "adamw"):
         self.model = GPT(CONFIG, seed)
-        self.optimizer = build_optimizer(self.model, SCHEDULE)
+        self.optimizer = build_optimizer(self.model, SCHEDULE.model_copy(update={"optimizer": optimizer}))
 
     def train(self, *steps: int) -> "Trainer":
         for step in steps:
@@ -43,7 +53,10 @@ class Trainer:
         save_checkpoint(folder, self.model, self.optimizer, {"step": step, "log_bytes": {"train.csv": 10 * step}})
 
     def load(self, folder: Path) -> dict | None:
-        return load_checkpoint(folder, self.model, self.optimizer)
+        for state, tensors in read_checkpoints(folder):
+            restore(self.model, self.optimizer, tensors)
+            return state
+        return None
 
     def tensors(self) -> dict[str, Tensor]:
         """Copies of all weights and of all that the optimizer holds."""
@@ -63,14 +76,18 @@ def files_in(folder: Path) -> list[str]:
     return sorted(path.name for path in folder.iterdir())
 
 
-def test_weights_and_optimizer_come_back_exactly_and_training_goes_on_as_if_never_stopped(tmp_path):
-    first = Trainer().train(0, 1, 2)
+@pytest.mark.parametrize(
+    ("optimizer", "held"),
+    [("adamw", {"step", "exp_avg", "exp_avg_sq"}), ("muon", {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"})],
+)
+def test_weights_and_optimizer_come_back_exactly_and_training_goes_on_as_if_never_stopped(tmp_path, optimizer, held):
+    first = Trainer(optimizer=optimizer).train(0, 1, 2)
     first.save(tmp_path, 3)
-    second = Trainer(seed=5)
+    second = Trainer(seed=5, optimizer=optimizer)
     assert second.load(tmp_path) == {"step": 3, "log_bytes": {"train.csv": 30}}
     assert_same(second.tensors(), first.tensors())
     kinds = {name.split("/")[1] for name in first.tensors() if "/" in name}
-    assert kinds == {"step", "exp_avg", "exp_avg_sq"}
+    assert kinds == held
     assert_same(second.train(3, 4).tensors(), first.train(3, 4).tensors())
 
 
@@ -109,6 +126,8 @@ DAMAGES = {
     "cut by a byte": lambda content: content[:-1],
     "foreign": lambda content: b"no checkpoint" * 100,
     "zeros": lambda content: bytes(len(content)),
+    "a bit of the last weight": lambda content: content[:-1] + bytes([content[-1] ^ 1]),
+    "a digit of the state": lambda content: content.replace(b'\\"step\\": 2', b'\\"step\\": 3'),
 }
 
 
@@ -119,7 +138,9 @@ def test_a_damaged_file_gives_way_to_the_one_before(tmp_path, caplog, damage):
     good = trainer.tensors()
     trainer.train(1).save(tmp_path, 2)
     newest = tmp_path / "step_00000002.safetensors"
-    newest.write_bytes(damage(newest.read_bytes()))
+    damaged = damage(whole := newest.read_bytes())
+    assert damaged != whole
+    newest.write_bytes(damaged)
     resumed = Trainer(seed=5)
     with caplog.at_level(logging.WARNING):
         assert resumed.load(tmp_path)["step"] == 1
@@ -178,7 +199,8 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_temporary_file(tmp_
     trainer.save(tmp_path, 1)
     before = trainer.tensors()
     trainer.train(1)
-    with failing(monkeypatch), pytest.raises((OSError, SafetensorError)):
+    message = r"step_00000002\.safetensors cannot be written \(.*\); it needs 0\.00 GiB: make room and run dvc repro"
+    with failing(monkeypatch), pytest.raises(UserError, match=message):
         trainer.save(tmp_path, 2)
     assert files_in(tmp_path) == ["step_00000001.safetensors"]
     resumed = Trainer(seed=5)
@@ -201,6 +223,20 @@ def test_the_folder_is_one_for_each_identity_and_code(tmp_path, monkeypatch):
     monkeypatch.delenv("DVC_ROOT")
     source.write_text("first = 2\n")
     assert scratch_folder("train", {"lr": 0.1, "seed": 1}, [source]) != folder
+
+
+class Second(Dist):
+    """A process whose main one has the run `abc`."""
+
+    def share(self, value):
+        return "abc"
+
+
+def test_machines_that_would_train_different_runs_are_refused():
+    second = Second(1, 0, 2, torch.device("cpu"))
+    require_agreement(Path(".scratch/train/abc"), second)
+    with pytest.raises(UserError, match=r"rank 1 has run def, the main process abc: parameters, data/tokens or code"):
+        require_agreement(Path(".scratch/train/def"), second)
 
 
 def test_a_held_folder_is_refused_until_it_is_let_go(tmp_path):

@@ -6,7 +6,7 @@ from gpt2.claims import CLAIMS, TIMED_CLAIM, Row, judge
 from gpt2.files import write_csv
 from gpt2.measures import rank_correlation, rises
 from gpt2.results import Results
-from tests.invented_run import break_off, invent_run, set_metric, write_evaluations
+from tests.invented_run import break_off, invent_run, set_metric, set_norm_study, write_evaluations
 
 
 def find_row(results: Results, sentence: str) -> Row:
@@ -38,10 +38,6 @@ def test_every_claim_passes_where_every_figure_holds(tmp_path):
         ("above chance", "hellaswag.completion_acc_norm_stderr", 0.016, 0.017),
         ("shuffled anew", "train.windows_in_same_place", 10, 11),
         ("FlashAttention", "train.attention_backend", "flash_cpu", "math"),
-        ("Pre-LN trains", "norm_study.preln_loss_spikes", 0, 1),
-        ("Pre-LN trains", "norm_study.preln_stalled", 0, 1),
-        ("Post-LN", "norm_study.postln_stalled", 1, 0),
-        ("Post-LN", "norm_study.preln_diverged", 0, 1),
         ("over 0.85", "heads.redundant_pairs", 1, 0),
         ("similarity is learned", "heads.redundant_pairs", 3, 2),
         ("similarity is learned", "heads.untrained_redundant_pairs", 7, 8),
@@ -60,6 +56,55 @@ def test_a_verdict_turns_where_its_figure_crosses_the_bound(tmp_path, sentence, 
     for value, verdict in ((holds, "passed"), (breaks, "failed")):
         set_metric(tmp_path, metric, value)
         assert find_row(results, sentence).verdict == verdict
+
+
+HIGH, LOW = (3e-3, 10), (1e-3, 0)
+
+
+@pytest.mark.parametrize(
+    ("sentence", "changes", "verdict"),
+    [
+        ("Pre-LN trains smoothly", [], "passed"),
+        ("Pre-LN trains smoothly", [("preln", LOW, {"loss_spikes": 1})], "failed"),
+        ("Pre-LN trains smoothly", [("preln", LOW, {"diverged": 1})], "failed"),
+        ("Pre-LN trains smoothly", [("preln", LOW, {"stalled": 1})], "failed"),
+        # A stall is neither a spike nor a divergence.
+        ("spikes or diverges", [("postln", None, {"loss_spikes": 0})], "failed"),
+        ("spikes or diverges", [("postln", None, {"loss_spikes": 0}), ("postln", LOW, {"diverged": 1})], "passed"),
+        # What Pre-LN does at the same setting counts, and nothing that it does elsewhere.
+        ("spikes or diverges", [("preln", HIGH, {"loss_spikes": 1})], "failed"),
+        ("spikes or diverges", [("preln", HIGH, {"diverged": 1})], "failed"),
+        ("spikes or diverges", [("preln", LOW, {"loss_spikes": 1, "diverged": 1})], "passed"),
+        # All runs of Post-LN and none of Pre-LN, and spikes are not asked for.
+        ("learns nothing", [("postln", None, {"stalled": 0})], "failed"),
+        ("learns nothing", [("postln", None, {"stalled": 1})], "failed"),
+        ("learns nothing", [("postln", None, {"stalled": 1, "diverged": 1})], "passed"),
+        ("learns nothing", [("preln", (3e-3, 0), {"stalled": 1})], "failed"),
+        ("learns nothing", [("preln", LOW, {"stalled": 2}), ("preln", HIGH, {"loss_spikes": 3})], "passed"),
+    ],
+)
+def test_norms_are_compared_setting_by_setting(tmp_path, sentence, changes, verdict):
+    results = invent_run(tmp_path)
+    for norm, setting, values in changes:
+        set_norm_study(tmp_path, norm, setting, **values)
+    assert find_row(results, sentence).verdict == verdict
+
+
+@pytest.mark.parametrize("norm", ["preln", "postln"])
+def test_a_norm_that_was_not_studied_leaves_its_claims_untested(tmp_path, norm):
+    results = invent_run(tmp_path)
+    table = results.table("norm_study/table.csv", [])
+    table[table["norm"] != norm].to_csv(tmp_path / "plots/norm_study/table.csv", index=False)
+    rows = [find_row(results, sentence) for sentence in ("smoothly", "spikes or diverges", "learns nothing")]
+    assert [row.verdict for row in rows] == ["untested" if norm == "preln" else "passed", "untested", "untested"]
+    assert all("not studied" in row.measured for row in rows if row.verdict == "untested")
+
+
+def test_a_stall_is_told_where_spikes_are_asked_for(tmp_path):
+    results = invent_run(tmp_path)
+    measured = find_row(results, "spikes or diverges").measured
+    assert measured == "in 1 of 4 settings (0.003 with 10 warm-up steps); postln stalls, another failure, in 1"
+    assert find_row(results, "learns nothing").measured == "in 1 of 4 settings (0.003 without warm-up)"
 
 
 @pytest.mark.parametrize(

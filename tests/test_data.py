@@ -3,8 +3,9 @@
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
-from gpt2.data import TrainOrder, eval_windows, permute, sample_windows
+from gpt2.data import MicroBatches, TrainOrder, eval_windows, permute, sample_windows
 from gpt2.files import UserError
 
 SIZES = (1, 2, 3, 4, 5, 7, 8, 15, 16, 17, 63, 64, 65, 255, 256, 257, 1000, 4096, 4097)
@@ -65,6 +66,22 @@ def test_shares_of_all_processes_make_up_the_whole_batch(order, world_size, micr
         whole = order.batch(step, 0, BATCH)
         assert torch.equal(torch.cat([idx for idx, _ in shares]), whole[0])
         assert torch.equal(torch.cat([targets for _, targets in shares]), whole[1])
+
+
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_batches_read_ahead_are_those_asked_for_in_any_order(order, monkeypatch, device):
+    # The second of two processes, four rows of eight each in two parts.
+    batches = MicroBatches(order, BATCH // 2, 4, 2, torch.device("cpu"))
+    if device == "cuda":
+        # The path of a GPU, without one.
+        monkeypatch.setattr(Tensor, "pin_memory", lambda tensor: tensor)
+        monkeypatch.setattr(Tensor, "to", lambda tensor, *_, **__: tensor)
+        batches = MicroBatches(order, BATCH // 2, 4, 2, torch.device("cuda"))
+    for step, micro_step in [(0, 0), (0, 0), (0, 1), (1, 0), (1, 1), (7, 1), (8, 0), (3, 0)]:
+        expected = order.batch(step, BATCH // 2 + 4 * micro_step, 4)
+        for given, rows in zip(batches.get(step, micro_step), expected, strict=True):
+            assert torch.equal(given, rows)
+        batches.read_ahead(step, micro_step)
 
 
 def test_inputs_are_whole_windows_and_targets_the_next_tokens_across_shards_and_epochs(order):

@@ -18,14 +18,19 @@ LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 MEMBER = """
 import torch
 from gpt2.dist import distributed
-from gpt2.hardware import HardwareConfig
+from tests.test_dist import make_hardware
 
 try:
-    with distributed(HardwareConfig(nproc=2, threads=4, workers=1)) as dist:
+    with distributed(make_hardware(threads=4)) as dist:
         given = torch.tensor([1.0, 10.0]) * (dist.rank + 1)
         total = dist.sum(given)
         dist.barrier()
         print(dist.rank, dist.is_main, dist.world_size, total is given, total.tolist(), torch.get_num_threads())
+        # 0.1 + 0.2 has no short decimal form, and the second tensor no elements.
+        held = {"loss": 0.1 + 0.2, "name": "ä", "rows": [[1, 2.5]]} if dist.is_main else None
+        tensors = {"a": torch.tensor([[0.1, 2.0]]), "b": torch.empty(0), "c": torch.tensor(7)} if dist.is_main else {}
+        print(dist.share(held))
+        print({name: (tensor.dtype, tensor.tolist()) for name, tensor in dist.share_tensors(tensors).items()})
         raise KeyError
 except KeyError:
     print(torch.distributed.is_initialized())
@@ -43,7 +48,9 @@ def alone(monkeypatch):
 
 
 def make_hardware(threads: int) -> HardwareConfig:
-    return HardwareConfig(nproc=1, threads=threads, workers=1)
+    return HardwareConfig(
+        nproc=1, threads=threads, workers=1, max_restarts=0, nnodes=1, rdzv_endpoint=None, local_addr=None
+    )
 
 
 def test_without_a_launcher_there_is_a_group_of_one(alone):
@@ -56,8 +63,10 @@ def test_without_a_launcher_there_is_a_group_of_one(alone):
         dist.barrier()
 
 
-def test_only_rank_0_is_main():
-    assert [Dist(rank, 0, 3, torch.device("cpu")).is_main for rank in range(3)] == [True, False, False]
+def test_a_group_of_one_shares_with_itself():
+    alone = Dist(0, 0, 1, torch.device("cpu"))
+    held, tensors = {"a": None}, {"t": torch.ones(2)}
+    assert alone.is_main and alone.share(held) is held and alone.share_tensors(tensors) is tensors
 
 
 @pytest.mark.parametrize(("threads", "processes", "each"), [(4, 1, 4), (4, 2, 2), (4, 3, 1), (1, 8, 1)])
@@ -66,7 +75,8 @@ def test_processes_share_the_threads_and_have_one_at_least(alone, threads, proce
     assert torch.get_num_threads() == each
 
 
-def test_two_processes_sum_and_part():
+def run_pair(under_dvc: int | None = None) -> list[list[str]]:
+    """The lines that each of two members prints; one of them may be told that DVC started it."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -74,19 +84,37 @@ def test_two_processes_sum_and_part():
     for rank in range(2):
         launched = dict(zip(LAUNCHED, map(str, (rank, rank, 2, 2)), strict=True))
         group = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "PYTHONPATH": str(ROOT)}
+        given = {key: value for key, value in os.environ.items() if key != "DVC_STAGE"}
+        stage = {"DVC_STAGE": "train"} if rank == under_dvc else {}
         members.append(
             subprocess.Popen(
                 [sys.executable, "-c", MEMBER],
-                env={**os.environ, **launched, **group},
+                env={**given, **launched, **group, **stage},
                 stdout=subprocess.PIPE,
                 text=True,
                 cwd=Path("/"),
             )
         )
-    lines = [member.communicate(timeout=120)[0].splitlines() for member in members]
+    return [member.communicate(timeout=120)[0].splitlines() for member in members]
+
+
+SHARED = [
+    "{'loss': 0.30000000000000004, 'name': 'ä', 'rows': [[1, 2.5]]}",
+    "{'a': (torch.float32, [[0.10000000149011612, 2.0]]), 'b': (torch.float32, []), 'c': (torch.int64, 7)}",
+]
+
+
+def test_two_processes_sum_share_and_part():
+    lines = run_pair()
     # The group is taken down although its block ends in an error.
-    assert lines[0] == ["0 True 2 True [3.0, 30.0] 2", "False"]
-    assert lines[1] == ["1 False 2 True [3.0, 30.0] 2", "False"]
+    assert lines[0] == ["0 True 2 True [3.0, 30.0] 2", *SHARED, "False"]
+    assert lines[1] == ["1 False 2 True [3.0, 30.0] 2", *SHARED, "False"]
+
+
+def test_the_process_that_dvc_started_is_main_whatever_its_rank():
+    lines = run_pair(under_dvc=1)
+    assert [line[0].split()[1] for line in lines] == ["False", "True"]
+    assert lines[0][1:] == lines[1][1:] == [*SHARED, "False"]
 
 
 def test_precision_is_that_of_the_products_alone():

@@ -23,10 +23,11 @@ from gpt2.weights import save_model
 from tests.analysed import make_model
 from tests.closure import ROOT
 from tests.pipeline import PIPELINE, STAGES, all_written, data_deps, lies_in, module_of, written
+from tests.settings import HARDWARE
 
 SOURCE_BYTES = 400_000
 SETTINGS = {
-    "hardware": {"nproc": 1, "threads": 1, "workers": 1},
+    "hardware": HARDWARE,
     "prepare": {"source": "files", "path": "source", "min_chars": 200, "val_percent": 15.0, "test_percent": 25.0},
     "benchmark": {"source": "heldout", "items": 100, "context_words": 6, "ending_words": 4},
     "tokenize": {"encoding": "gpt2", "shard_tokens": 20_000},
@@ -40,10 +41,11 @@ SETTINGS = {
         "norms": ["preln", "postln", "deepnorm"], "max_lrs": [1e-3], "warmup_steps": [1], "seeds": [1], "max_steps": 3,
         "min_lr_fraction": 0.1, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_clip": 1.0,
         "batch_windows": 4, "micro_batch": 2, "precision": "float32", "n_layer": 2, "n_head": 2, "n_embd": 16,
-        "block_size": 16, "train_tokens": 2000, "eval_tokens": 320,
+        "block_size": 16, "train_tokens": 2000, "eval_tokens": 320, "vocab_size": 300,
     },
     "train": {
-        "seed": 1, "max_steps": 6, "tokens_per_step": 256, "micro_batch": 4, "precision": "float32", "compile": False,
+        "seed": 1, "max_steps": 6, "epochs": None, "tokens_per_step": 256, "micro_batch": 4, "precision": "float32",
+        "compile": False, "deterministic": False,
         "max_lr": 1e-3, "min_lr": 1e-4, "warmup_steps": 2, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1,
         "grad_clip": 1.0, "eval_interval": 3, "checkpoint_interval": 3, "log_interval": 2, "eval_tokens": 640,
         "eval_items": 20,
@@ -265,7 +267,7 @@ def test_a_fault_in_the_parameters_stops_before_any_work(folder):
 
 def test_a_step_that_does_not_divide_names_the_nearest_sizes(folder):
     write_params(folder, train={"tokens_per_step": 300})
-    assert "train.tokens_per_step = 300" in (message := stop("train")) and "nearest values: 288, 320" in message
+    assert "train.tokens_per_step = 300" in (message := stop("train")) and "nearest values: 256, 384" in message
 
 
 def test_the_process_of_a_failed_stage_ends_with_the_message_alone(folder):

@@ -3,7 +3,7 @@
 import pytest
 from matplotlib.image import imread
 
-from gpt2.figures import FIGURES, draw_norm_study, write_figures
+from gpt2.figures import FIGURES, MAX_STEPS, draw_layers, draw_loss, draw_norm_study, write_figures
 from tests.invented_run import break_off, invent_run, load_weights
 
 
@@ -26,11 +26,56 @@ def test_runs_without_a_curve_are_drawn(tmp_path, change):
     assert all(imread(path).min() < 1 for path in figures.values())
 
 
-def test_norms_that_were_not_studied_are_not_asked_for(tmp_path):
+def test_the_norm_study_has_panels_for_every_setting_with_the_entropy_among_the_losses(tmp_path):
     results = invent_run(tmp_path)
-    for name in ("runs", "loss", "grad_norm"):
-        table = results.table(f"norm_study/{name}.csv", [])
-        table = table[table["norm"] != "deepnorm"] if name == "runs" else table.drop(columns="deepnorm")
-        table.to_csv(tmp_path / f"plots/norm_study/{name}.csv", index=False)
+    panels = draw_norm_study(results).axes
+    assert [axes.get_title() for axes in panels] == 2 * ["learning rate 0.001", "learning rate 0.003", "", ""]
+    labels = [
+        f"{name}\n{steps} warm-up steps" for name in ("Training loss (nats)", "Gradient norm") for steps in (0, 10)
+    ]
+    assert [axes.get_ylabel() for axes in panels[::2]] == labels
+    for i, axes in enumerate(panels):
+        levels = [line.get_ydata()[0] for line in axes.lines if line.get_label() == "unigram entropy"]
+        assert levels == ([6.8] if i < 4 else []) and axes.get_yscale() == ("linear" if i < 4 else "log")
+        # Of three norms and two seeds, the curve and its median.
+        assert sum(len(line.get_xdata()) == 120 for line in axes.lines) == 12
+
+
+def test_norms_that_were_not_studied_are_not_drawn(tmp_path):
+    results = invent_run(tmp_path)
+    table = results.table("norm_study/runs.csv", [])
+    table[table["norm"] != "deepnorm"].to_csv(tmp_path / "plots/norm_study/runs.csv", index=False)
     _, labels = draw_norm_study(results).axes[0].get_legend_handles_labels()
     assert labels == ["preln", "postln", "unigram entropy"]
+
+
+def test_runs_of_the_norm_study_that_diverged_are_marked_where_they_did(tmp_path):
+    results = invent_run(tmp_path)
+    break_off(tmp_path)
+    panels = draw_norm_study(results).axes
+    assert "diverged" in panels[0].get_legend_handles_labels()[1]
+    for axes in panels:
+        marks = [line.get_xdata() for line in axes.lines if line.get_marker() == "x" and len(line.get_xdata())]
+        assert [list(mark) for mark in marks] == [[40], [40]]
+
+
+def test_a_norm_study_in_which_every_run_diverged_at_once_is_drawn(tmp_path):
+    results = invent_run(tmp_path)
+    folder = tmp_path / "plots/norm_study"
+    results.table("norm_study/runs.csv", []).assign(diverged=1, diverged_at_step=0).to_csv(folder / "runs.csv")
+    results.table("norm_study/curves.csv", []).head(0).to_csv(folder / "curves.csv")
+    for axes in draw_norm_study(results).axes:
+        assert sum(line.get_marker() == "x" and len(line.get_xdata()) for line in axes.lines) == 6
+
+
+def test_layers_are_drawn_at_the_first_the_last_and_some_steps_between(tmp_path):
+    panels = draw_layers(invent_run(tmp_path)).axes
+    for axes in panels:
+        labels = [line.get_label() for line in axes.lines]
+        assert len(labels) == MAX_STEPS and (labels[0], labels[-1]) == ("step 0", "step 250")
+        assert [text.get_text() for text in axes.get_xticklabels()] == ["emb.", "0", "1", "2", "3"]
+
+
+def test_the_loss_is_drawn_with_the_unigram_entropy(tmp_path):
+    (axes,) = draw_loss(invent_run(tmp_path)).axes
+    assert 7.1 in [line.get_ydata()[0] for line in axes.lines if "unigram entropy" in line.get_label()]

@@ -61,6 +61,18 @@ def test_the_losses_of_tokens_are_those_of_torch_and_their_mean_is_the_loss(rows
         torch.testing.assert_close(value.detach(), losses.mean())
 
 
+def test_no_rows_have_no_losses_and_a_mean_that_is_not_a_number():
+    hidden, weight, targets = make_inputs(n_rows=0)
+    assert token_losses(hidden, weight, targets, VOCAB).shape == (0,)
+    with torch.no_grad():
+        assert linear_cross_entropy(hidden, weight, targets, VOCAB).isnan()
+    value = linear_cross_entropy(hidden.requires_grad_(), weight.requires_grad_(), targets, VOCAB)
+    expected = F.cross_entropy(hidden @ weight[:VOCAB].t(), targets)
+    torch.testing.assert_close(value, expected, equal_nan=True)
+    grads, expected_grads = (torch.autograd.grad(mean, (hidden, weight)) for mean in (value, expected))
+    torch.testing.assert_close(grads, expected_grads, equal_nan=True)
+
+
 def test_padding_has_no_probability_however_large_its_weights_are():
     hidden, weight, targets = make_inputs()
     huge = weight.clone()

@@ -2,6 +2,7 @@
 
 import csv
 import math
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -14,7 +15,10 @@ from gpt2.files import UserError, read_json
 from gpt2.model import GPT, GPTConfig
 from gpt2.norm_study import (
     CURVE_COLUMNS,
+    GRAD_NORM_CAP,
+    LOSS_CAP,
     RUN_COLUMNS,
+    TABLE_COLUMNS,
     NormStudyConfig,
     RunResult,
     Setting,
@@ -22,8 +26,11 @@ from gpt2.norm_study import (
     curve_rows,
     load_study_data,
     run_rows,
+    spread_windows,
     study_figures,
+    table_rows,
     train_run,
+    unigram_losses,
     wide_rows,
 )
 from gpt2.shards import TokenSet
@@ -32,11 +39,13 @@ from tests.training_run import SECTIONS, SHAPE, prepare_folder
 
 NORMS = ("preln", "postln", "deepnorm")
 CPU = torch.device("cpu")
+# A vocabulary that does not hold all bytes of the text.
+SECTION = {**SECTIONS["norm_study"], "vocab_size": 40}
 KEYS = ("val_loss", "loss_spikes", "diverged", "diverged_at_step", "stalled", "max_grad_norm")
 
 
 def make_config(**changed) -> NormStudyConfig:
-    return params.build(NormStudyConfig, {**SECTIONS["norm_study"], **changed}, "tiny.norm_study")
+    return params.build(NormStudyConfig, {**SECTION, **changed}, "tiny.norm_study")
 
 
 def load_data(folder: Path, config: NormStudyConfig) -> StudyData:
@@ -46,7 +55,7 @@ def load_data(folder: Path, config: NormStudyConfig) -> StudyData:
 @pytest.fixture(scope="module")
 def study(tmp_path_factory) -> Path:
     """A folder in which the stage has run, with two workers."""
-    folder = prepare_folder(tmp_path_factory.mktemp("study"), hardware={"threads": 2})
+    folder = prepare_folder(tmp_path_factory.mktemp("study"), hardware={"threads": 2}, norm_study=SECTION)
     with pytest.MonkeyPatch.context() as monkeypatch:
         monkeypatch.chdir(folder)
         norm_study.main()
@@ -73,6 +82,11 @@ def read_rows(study: Path, name: str) -> list[list[str]]:
         return list(csv.reader(table))
 
 
+def read_dicts(study: Path, name: str) -> list[dict[str, str]]:
+    header, *rows = read_rows(study, name)
+    return [dict(zip(header, row, strict=True)) for row in rows]
+
+
 def written(columns: tuple, rows: list) -> list[list[str]]:
     """Rows as their text in a file, where floats are exact."""
     return [list(columns), *([str(value) for value in row] for row in rows)]
@@ -81,7 +95,8 @@ def written(columns: tuple, rows: list) -> list[list[str]]:
 def test_two_workers_find_exactly_what_one_process_finds(study, results):
     config = make_config()
     data = load_data(study, config)
-    assert read_rows(study, "runs") == written(RUN_COLUMNS, run_rows(results, data.unigram_entropy))
+    assert read_rows(study, "runs") == written(RUN_COLUMNS, run_rows(results, data))
+    assert read_rows(study, "table") == written(TABLE_COLUMNS, table_rows(results, data))
     assert read_rows(study, "curves") == written(CURVE_COLUMNS, curve_rows(results))
     assert read_json(study / "metrics" / "norm_study.json") == study_figures(results, config, data)
 
@@ -93,7 +108,7 @@ def test_runs_stand_in_the_order_of_their_settings(study):
 
 def test_wide_tables_hold_the_reference_runs_of_the_curves(study):
     config = make_config()
-    curves = [dict(zip(CURVE_COLUMNS, row, strict=True)) for row in read_rows(study, "curves")[1:]]
+    curves = read_dicts(study, "curves")
     for name, column in (("loss", "loss"), ("grad_norm", "grad_norm")):
         header, *rows = read_rows(study, name)
         assert header == ["step", *NORMS]
@@ -104,14 +119,15 @@ def test_wide_tables_hold_the_reference_runs_of_the_curves(study):
 
 
 def test_a_run_that_diverges_is_recorded_with_the_steps_it_had(study, results):
-    runs = [dict(zip(RUN_COLUMNS, row, strict=True)) for row in read_rows(study, "runs")[1:]]
     curves = read_rows(study, "curves")[1:]
-    for run, result in zip(runs, results, strict=True):
+    for run, result in zip(read_dicts(study, "runs"), results, strict=True):
         steps = [row for row in curves if row[:4] == [run[key] for key in CURVE_COLUMNS[:4]]]
         diverged = run["max_lr"] == "100000.0"
         assert (run["diverged"], run["diverged_at_step"]) == (("1", str(len(steps))) if diverged else ("0", "-1"))
         assert len(steps) == len(result.losses) < 40 if diverged else len(steps) == 40
         assert math.isfinite(float(run["val_loss"])) and all(math.isfinite(float(row[5])) for row in steps)
+        # It broke off: whether it would have learned is not known.
+        assert not (diverged and int(run["stalled"]))
 
 
 def test_the_other_runs_learn_and_seeds_differ(results):
@@ -123,36 +139,41 @@ def test_the_other_runs_learn_and_seeds_differ(results):
 def test_figures_carry_the_contract_for_every_norm(study):
     figures = read_json(study / "metrics" / "norm_study.json")
     assert figures.keys() >= {f"{norm}_{key}" for norm in NORMS for key in KEYS}
-    assert figures["runs"] == 12
-    runs = [dict(zip(RUN_COLUMNS, row, strict=True)) for row in read_rows(study, "runs")[1:]]
+    assert (figures["runs"], figures["seeds"], figures["settings"]) == (12, 2, 2)
+    runs = read_dicts(study, "runs")
     for norm in NORMS:
         ours = [run for run in runs if run["norm"] == norm]
         reference = [run for run in ours if run["max_lr"] == "0.005"]
         mean = sum(float(run["val_loss"]) for run in reference) / 2
         assert figures[f"{norm}_val_loss"] == pytest.approx(mean) == figures[f"{norm}_best_val_loss"]
         assert figures[f"{norm}_max_grad_norm"] == max(float(run["max_grad_norm"]) for run in reference)
-        assert (figures[f"{norm}_diverged"], figures[f"{norm}_stalled"]) == (1, 1)
+        assert figures[f"{norm}_diverged"] == figures[f"{norm}_settings_diverged"] == 1
+        assert figures[f"{norm}_stalled"] == max(int(run["stalled"]) for run in ours)
         earliest = min(int(run["diverged_at_step"]) for run in ours if run["diverged"] == "1")
         assert figures[f"{norm}_diverged_at_step"] == earliest
 
 
 # Tables and figures from results by hand.
 
+NO_DATA = StudyData(torch.empty(0), torch.empty(0), vocab_size=200, unigram_entropy=3.1, unigram_val_loss=3.0)
 
-def make_result(norm: str, max_lr: float, seed: int, losses: list[float], val_loss: float, diverged_at_step: int = -1):
+
+def make_result(
+    setting: tuple, losses: list[float], val_loss: float, diverged_at_step: int = -1, max_grad_norm: float = 0.0
+) -> RunResult:
+    """The run of (norm, learning rate, seed); its largest gradient norm is at least ten times its largest loss."""
+    norm, max_lr, seed = setting
     grad_norms = [10 * loss for loss in losses]
-    return RunResult(Setting(norm, max_lr, 5, seed), losses, grad_norms, val_loss, diverged_at_step)
-
-
-NO_DATA = StudyData(torch.empty(0), torch.empty(0), vocab_size=200, unigram_entropy=3.0)
+    largest = float(np.max([*grad_norms, max_grad_norm]))
+    return RunResult(Setting(norm, max_lr, 5, seed), losses, grad_norms, largest, val_loss, diverged_at_step)
 
 
 def test_cells_after_divergence_are_empty():
     config = make_config(max_lrs=[0.1], seeds=[1])
     results = [
-        make_result("preln", 0.1, 1, [5.0, 4.0, 3.0], 3.0),
-        make_result("postln", 0.1, 1, [5.5], 9.0, diverged_at_step=1),
-        make_result("deepnorm", 0.1, 1, [], 9.0, diverged_at_step=0),
+        make_result(("preln", 0.1, 1), [5.0, 4.0, 3.0], 3.0),
+        make_result(("postln", 0.1, 1), [5.5], 9.0, diverged_at_step=1),
+        make_result(("deepnorm", 0.1, 1), [], 9.0, diverged_at_step=0),
     ]
     assert wide_rows(results, config, "losses") == [[1, 5.0, 5.5, ""], [2, 4.0, "", ""], [3, 3.0, "", ""]]
     assert wide_rows(results, config, "grad_norms")[0] == [1, 50.0, 55.0, ""]
@@ -160,50 +181,145 @@ def test_cells_after_divergence_are_empty():
     assert [figures[f"{norm}_diverged_at_step"] for norm in NORMS] == [-1, 1, 0]
     assert [figures[f"{norm}_diverged"] for norm in NORMS] == [0, 1, 1]
     assert [figures[f"{norm}_max_grad_norm"] for norm in NORMS] == [50.0, 55.0, 0.0]
-    assert [figures[f"{norm}_stalled"] for norm in NORMS] == [1, 1, 1]
+    assert [figures[f"{norm}_stalled"] for norm in NORMS] == [1, 0, 0]
+
+
+SPIKING = [3.0] * 32 + [9.0, 3.0]
+
+
+def make_seeds() -> list[RunResult]:
+    return [
+        make_result(("postln", 0.1, 1), [5.0, 4.0], 2.8),
+        make_result(("postln", 0.1, 2), [6.0, 4.0], 2.6),
+        # The best single run, and the worse mean.
+        make_result(("postln", 0.2, 1), SPIKING, 2.0),
+        make_result(("postln", 0.2, 2), SPIKING[:-1], 3.6, diverged_at_step=33, max_grad_norm=1e3),
+    ]
+
+
+def test_the_table_has_mean_and_range_over_seeds_sums_of_faults_and_the_worst_gradient():
+    first, second = table_rows(make_seeds(), NO_DATA)
+    assert first == ("postln", 0.1, 5, 2, pytest.approx(2.7), 2.6, 2.8, 0, 0, -1, 0, 60.0)
+    assert second == ("postln", 0.2, 5, 2, pytest.approx(2.8), 2.0, 3.6, 2, 1, 33, 0, 1e3)
+    stalled = [make_result(("preln", 0.1, seed), [5.0], 2.95) for seed in (1, 2, 3)]
+    assert table_rows(stalled, NO_DATA)[0][-2] == 3
 
 
 def test_the_best_setting_is_the_lowest_mean_over_seeds_and_the_headline_the_first_setting():
     config = make_config(norms=["postln"], max_lrs=[0.1, 0.2], seeds=[1, 2])
-    spiking = [3.0] * 32 + [9.0, 3.0]
-    results = [
-        make_result("postln", 0.1, 1, [5.0, 4.0], 2.8),
-        make_result("postln", 0.1, 2, [6.0, 4.0], 2.6),
-        # The best single run, and the worse mean.
-        make_result("postln", 0.2, 1, spiking, 2.0),
-        make_result("postln", 0.2, 2, spiking[:-1], 3.6, diverged_at_step=33),
-    ]
+    results = make_seeds()
     figures = study_figures(results, config, NO_DATA)
     assert figures["postln_val_loss"] == figures["postln_best_val_loss"] == pytest.approx(2.7)
-    assert figures["postln_best_max_lr"] == 0.1
+    assert (figures["postln_best_max_lr"], figures["postln_best_warmup_steps"]) == (0.1, 5)
     assert figures["postln_max_grad_norm"] == 60.0
-    assert (figures["postln_loss_spikes"], figures["postln_diverged"], figures["postln_stalled"]) == (2, 1, 1)
-    better = [make_result("postln", 0.2, 2, [5.0], 2.2) if result is results[3] else result for result in results]
+    assert (figures["postln_loss_spikes"], figures["postln_diverged"], figures["postln_stalled"]) == (2, 1, 0)
+    counts = [figures[f"postln_settings_{fault}"] for fault in ("spiked", "diverged", "stalled")]
+    assert counts == [1, 1, 0]
+    better = [*results[:3], make_result(("postln", 0.2, 2), [5.0], 2.2)]
     figures = study_figures(better, config, NO_DATA)
     assert (figures["postln_best_max_lr"], figures["postln_best_val_loss"]) == (0.2, pytest.approx(2.1))
-    assert (figures["postln_val_loss"], figures["postln_stalled"]) == (pytest.approx(2.7), 0)
+    assert (figures["postln_val_loss"], figures["postln_diverged"]) == (pytest.approx(2.7), 0)
+
+
+@pytest.mark.parametrize("value", [math.nan, math.inf])
+def test_what_is_not_finite_is_infinite_in_the_table_and_capped_in_the_figures(value):
+    config = make_config(norms=["preln"], max_lrs=[0.1, 0.2], seeds=[1, 2])
+    results = [
+        make_result(("preln", 0.1, 1), [4.0], value, diverged_at_step=1, max_grad_norm=value),
+        make_result(("preln", 0.1, 2), [4.0], 2.5),
+        make_result(("preln", 0.2, 1), [4.0], 2.7),
+        make_result(("preln", 0.2, 2), [4.0], 2.7),
+    ]
+    assert run_rows(results, NO_DATA)[0][4:] == (
+        pytest.approx(value, nan_ok=True),
+        0,
+        1,
+        1,
+        0,
+        pytest.approx(value, nan_ok=True),
+    )
+    row = dict(zip(TABLE_COLUMNS, table_rows(results, NO_DATA)[0], strict=True))
+    assert (row["val_loss"], row["val_loss_low"], row["val_loss_high"]) == (math.inf, 2.5, math.inf)
+    assert (row["diverged"], row["stalled"], row["max_grad_norm"]) == (1, 0, math.inf)
+    figures = study_figures(results, config, NO_DATA)
+    assert (figures["preln_val_loss"], figures["preln_max_grad_norm"]) == (LOSS_CAP, GRAD_NORM_CAP)
+    assert figures["preln_best_val_loss"] == pytest.approx(2.7)
 
 
 # Data and single runs.
 
 
-def test_slices_are_renumbered_without_loss(study):
+def test_learning_rates_beyond_all_bounds_are_recorded_results(tmp_path, monkeypatch):
+    section = {**SECTION, "max_lrs": [1e10, 1e30], "seeds": [1]}
+    monkeypatch.chdir(prepare_folder(tmp_path, norm_study=section))
+    norm_study.main()
+    figures = read_json(tmp_path / "metrics" / "norm_study.json")
+    assert all(math.isfinite(value) for value in figures.values())
+    runs = read_dicts(tmp_path, "runs")
+    assert len(runs) == 6 and {(run["diverged"], run["stalled"]) for run in runs} == {("1", "0")}
+    assert all(0 < int(run["diverged_at_step"]) < 40 for run in runs)
+    for norm in NORMS:
+        loss = float(next(run["val_loss"] for run in runs if run["norm"] == norm))
+        assert figures[f"{norm}_val_loss"] == (loss if loss < LOSS_CAP else LOSS_CAP)
+        assert (figures[f"{norm}_diverged"], figures[f"{norm}_settings_diverged"]) == (1, 2)
+    assert not all(math.isfinite(float(run["val_loss"])) for run in runs)
+
+
+def test_weights_that_only_the_validation_finds_broken_are_a_divergence_after_the_last_step(study):
+    config = make_config(max_steps=1, warmup_steps=[0])
+    result = train_run(Setting("preln", 1e30, 0, 1), config, load_data(study, config), CPU)
+    assert (len(result.losses), result.diverged_at_step) == (1, 1)
+    assert not math.isfinite(result.val_loss) and math.isfinite(result.max_grad_norm)
+
+
+def test_tokens_are_numbered_by_frequency_and_the_rare_ones_alike(study):
     config = make_config()
     data = load_data(study, config)
     train, val = (TokenSet(study / "data" / "tokens", split) for split in ("train", "val"))
-    count = 1000 // 16 * 16 + 1
-    start = train.n_tokens - 1001
-    streams = [(data.train, train.read(start, count)), (data.val, val.read(0, 200 // 16 * 16 + 1))]
-    pairs = set()
-    for windows, stream in streams:
-        assert windows.shape == (len(stream) // 16, 17)
-        # The last token of a window is the first of the next.
-        assert torch.equal(windows[:-1, -1], windows[1:, 0])
-        dense = [*windows[:, :-1].flatten().tolist(), int(windows[-1, -1])]
-        pairs |= set(zip(dense, stream.tolist(), strict=True))
-    assert sorted(dense for dense, _ in pairs) == list(range(data.vocab_size))
-    assert len({token for _, token in pairs}) == len(pairs)
-    assert data.unigram_entropy == train.unigram_entropy
+    windows, others = spread_windows(train, 16, 1000), spread_windows(val, 16, 200)
+    numbers = dict(zip(windows.flatten().tolist(), data.train.flatten().tolist(), strict=True))
+    counts = torch.bincount(windows[:, 1:].flatten(), minlength=257)
+    frequent = sorted(numbers, key=lambda token: (-counts[token], token))
+    # The text has more than 40 kinds of bytes: the last number stands for many.
+    assert [numbers[token] for token in frequent] == [min(rank, 39) for rank in range(len(frequent))]
+    assert len(frequent) > 40
+    for before, after in ((windows, data.train), (others, data.val)):
+        assert after.tolist() == [[numbers.get(token, 39) for token in row] for row in before.tolist()]
+
+
+def test_a_large_vocabulary_keeps_every_token_apart(study):
+    data = load_data(study, make_config(vocab_size=300))
+    windows = spread_windows(TokenSet(study / "data" / "tokens", "train"), 16, 1000)
+    pairs = set(zip(windows.flatten().tolist(), data.train.flatten().tolist(), strict=True))
+    assert len(pairs) == len({token for token, _ in pairs}) == len({number for _, number in pairs})
+
+
+@pytest.mark.parametrize(("n_tokens", "windows"), [(8000, 500), (16, 1), (159, 9)])
+def test_windows_are_spread_over_the_whole_split(study, n_tokens, windows):
+    train = TokenSet(study / "data" / "tokens", "train")
+    available = (train.n_tokens - 1) // 16
+    found = spread_windows(train, 16, n_tokens)
+    assert found.shape == (windows, 17) and available == 500
+    starts = [i * available // windows * 16 for i in range(windows)]
+    assert found.tolist() == [train.read(start, 17).tolist() for start in starts]
+
+
+def test_the_unigram_losses_are_those_of_guessing_by_the_frequencies_of_training():
+    # Targets 1, 1, 2, 1 in training; 1, 2 and the unknown 3 in validation.
+    train, val = torch.tensor([[0, 1, 1], [3, 2, 1]]), torch.tensor([[0, 1], [0, 2], [0, 3]])
+    entropy = -(0.75 * math.log(0.75) + 0.25 * math.log(0.25))
+    on_val = -(math.log(0.75) + math.log(0.25) + math.log(0.25)) / 3
+    assert unigram_losses(train, val) == (pytest.approx(entropy), pytest.approx(on_val))
+
+
+def test_a_run_that_learned_frequencies_alone_ends_at_the_unigram_loss_and_is_stalled(study):
+    config = make_config()
+    data = load_data(study, config)
+    result = train_run(Setting("preln", 5e-3, 5, 1), config, data, CPU)
+    guessing = replace(result, val_loss=data.unigram_val_loss)
+    learned = replace(result, val_loss=data.unigram_val_loss - 0.11)
+    broken = replace(guessing, diverged_at_step=3)
+    assert [row[-2] for row in run_rows([guessing, learned, broken], data)] == [1, 0, 0]
 
 
 @pytest.mark.parametrize("seed", [1, 2])
@@ -237,6 +353,8 @@ def test_micro_batches_that_do_not_divide_the_batch_change_rounding_alone(study)
         ({"seeds": []}, r"tiny\.norm_study\.seeds = \[\]"),
         ({"max_lrs": [1e-3, -1e-3]}, r"tiny\.norm_study\.max_lrs\.1 = -0\.001"),
         ({"min_lr_fraction": 1.5}, r"tiny\.norm_study\.min_lr_fraction = 1\.5"),
+        ({"vocab_size": 1}, r"tiny\.norm_study\.vocab_size = 1"),
+        ({"seeds": [1, 2, 1]}, r"tiny\.norm_study: seeds=\[1, 2, 1\] must not name a value twice; remove one"),
         ({"n_embd": 15}, r"n_embd=15 must be a multiple of n_head=2; nearest: 1[46]"),
     ],
 )
@@ -248,12 +366,12 @@ def test_parameters_are_refused_by_name(changed, message):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("eval_tokens", r"data/tokens/val has 4004 tokens; \d+ are needed"),
-        ("train_tokens", r"data/tokens/train has 8008"),
+        ("eval_tokens", r"data/tokens/val has 4004 tokens, 250 windows of 16; norm_study asks for 20000 tokens"),
+        ("train_tokens", r"data/tokens/train has 8008 tokens, 500 windows of 16; .*; ask for 1 to 500"),
     ],
 )
 def test_the_stage_refuses_too_few_tokens(tmp_path, monkeypatch, key, message):
-    prepare_folder(tmp_path, norm_study={key: 20_000})
+    prepare_folder(tmp_path, norm_study={**SECTION, key: 20_000})
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=f"^norm-study: {message}"):
         norm_study.main()

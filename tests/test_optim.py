@@ -21,7 +21,7 @@ def make_config(**changed) -> OptimConfig:
 @pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
 def test_every_parameter_is_in_the_one_group_of_its_kind(norm):
     model = make_model(norm)
-    decayed, plain = decay_groups(model, DECAY)
+    decayed, plain = decay_groups(list(model.parameters()), DECAY)
     assert (decayed["weight_decay"], plain["weight_decay"]) == (DECAY, 0.0)
     found = [id(parameter) for group in (decayed, plain) for parameter in group["params"]]
     assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
@@ -30,14 +30,6 @@ def test_every_parameter_is_in_the_one_group_of_its_kind(norm):
         assert names[id(parameter)].endswith("weight") and "ln_" not in names[id(parameter)]
     for parameter in plain["params"]:
         assert names[id(parameter)].endswith("bias") or "ln_" in names[id(parameter)]
-
-
-def test_a_frozen_parameter_is_in_no_group():
-    model = make_model()
-    model.wpe.weight.requires_grad_(False)
-    found = {id(parameter) for group in decay_groups(model, DECAY) for parameter in group["params"]}
-    assert id(model.wpe.weight) not in found
-    assert len(found) == len(list(model.parameters())) - 1
 
 
 def test_the_first_step_is_that_of_adamw():
@@ -53,6 +45,46 @@ def test_the_first_step_is_that_of_adamw():
         expected = before[name] * (1 - 0.01 * decay) - 0.01 * gradient / (gradient.abs() + 1e-8)
         torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
     assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model, windows = make_model(), make_windows(2)
+    optimizer = build_optimizer(model, make_config(optimizer="muon", max_lr=0.01, min_lr=0.0))
+    model(windows[:, :-1], windows[:, 1:]).backward()
+    optimizer.step()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(names)
+    by_muon = {names[id(p)] for p, state in optimizer.state.items() if state.keys() == {"momentum_buffer"}}
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert by_muon == {f"h.{layer}.{name}.weight" for layer in range(len(model.h)) for name in matrices}
+    assert len(optimizer.state) == len(names)
+
+
+def test_the_first_step_of_muon_is_the_orthogonal_factor_of_the_gradient():
+    model, windows = make_model(), make_windows(2)
+    optimizer = build_optimizer(model, make_config(optimizer="muon", max_lr=0.01, min_lr=0.0))
+    model(windows[:, :-1], windows[:, 1:]).backward()
+    weight = model.h[0].mlp.c_fc.weight
+    before, gradient = weight.detach().clone(), weight.grad.clone()
+    optimizer.step()
+    U, _, V = torch.linalg.svd(gradient, full_matrices=False)
+    scale = 0.01 * 0.2 * math.sqrt(max(weight.shape))
+    step = (before * (1 - 0.01 * DECAY) - weight.detach()) / scale
+    # Five iterations bring the singular values near 1, not to it.
+    singular = torch.linalg.svdvals(step)
+    assert singular.max() < 1.3 and singular.median() > 0.6
+    cosine = torch.nn.functional.cosine_similarity(step.flatten(), (U @ V).flatten(), dim=0)
+    assert cosine > 0.9
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_are_dropped_for_every_parameter(optimizer):
+    model, windows = make_model(), make_windows(2)
+    built = build_optimizer(model, make_config(optimizer=optimizer))
+    model(windows[:, :-1], windows[:, 1:]).backward()
+    built.zero_grad(set_to_none=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
 
 
 @pytest.mark.parametrize(

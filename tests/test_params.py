@@ -2,8 +2,6 @@
 
 import math
 import re
-import subprocess
-import sys
 
 import pytest
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, ValidationError
@@ -11,7 +9,6 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, Validati
 from gpt2 import params
 from gpt2.files import UserError
 from gpt2.params import Config, build, load, read
-from tests.closure import ROOT
 
 
 class Sampling(Config):
@@ -167,31 +164,3 @@ def test_a_key_at_the_top_is_read_or_named(tmp_path, monkeypatch):
     assert params.top("norm") == "postln"
     with pytest.raises(UserError, match=r"params\.yaml lacks the key scale"):
         params.top("scale")
-
-
-def run_module(folder, *arguments: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "gpt2.params", *arguments]
-    return subprocess.run(command, cwd=folder, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
-
-
-def test_the_command_prints_one_value_of_the_active_scale(tmp_path):
-    write(tmp_path, "scale: short\ntiny: {hardware: {nproc: 2}}\nshort: {hardware: {nproc: gpu}}\n")
-    done = run_module(tmp_path, "hardware.nproc")
-    assert (done.returncode, done.stdout) == (0, "gpu\n")
-
-
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["hardware.cores"], "params: short.hardware.cores is not in params.yaml"),
-        (["hardware.nproc.more"], "params: short.hardware.nproc.more is not in params.yaml"),
-        ([], "usage: "),
-    ],
-)
-def test_the_command_fails_with_a_message_alone(tmp_path, monkeypatch, arguments, message):
-    write(tmp_path, "scale: short\nshort: {hardware: {nproc: gpu}}\n")
-    monkeypatch.chdir(tmp_path)
-    with pytest.raises(SystemExit, match=message) as raised:
-        params.main(arguments)
-    # A text as exit code is printed and becomes status 1.
-    assert isinstance(raised.value.code, str)

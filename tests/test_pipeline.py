@@ -33,12 +33,13 @@ from tests.pipeline import (
 
 # A module imports from its own layer and from those before it.
 LAYERS = {
-    "leaf": "files params stage hardware shape dist shards loss stability markup",
-    "core": "model weights checkpoint optim data tokenizer items corpus docstrings sources",
+    "leaf": "files params stage hardware shape dist shards loss stability interrupt heartbeat rows markup machine "
+    "units",
+    "core": "model layers weights checkpoint optim data tokenizer items corpus docstrings sources",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate hellaswag train "
     "train_results norm_study generate heads redundancy criteria prune frontier",
-    "whole": "schema",
-    "report": "results measures claims studies figures report plots_page",
+    "whole": "schema volume workload forecast storage preflight check",
+    "report": "results measures claims studies figures report plots_page status",
 }
 HEIGHTS = {module: height for height, modules in enumerate(LAYERS.values()) for module in modules.split()}
 TEXT_STAGES = ("prepare", "benchmark", "tokenize", "tokenizer-study")

@@ -12,6 +12,7 @@ from pydantic import ValidationError
 from gpt2.corpus import SPLITS, read_split
 from gpt2.files import UserError
 from gpt2.prepare import PrepareConfig, prepare
+from tests.settings import HARDWARE
 
 ROOT = Path(__file__).parent.parent
 TEXTS = [f"Document number {i} has this text." for i in range(400)]
@@ -124,8 +125,7 @@ def test_settings_that_cannot_work_are_refused(changes, message):
 
 
 def run_stage(folder: Path, section: dict) -> subprocess.CompletedProcess:
-    hardware = {"nproc": 1, "threads": 1, "workers": 1}
-    values = {"norm": "preln", "scale": "tiny", "tiny": {"hardware": hardware, "prepare": section}}
+    values = {"norm": "preln", "scale": "tiny", "tiny": {"hardware": HARDWARE, "prepare": section}}
     (folder / "params.yaml").write_text(json.dumps(values))
     return subprocess.run(
         [sys.executable, "-m", "stages.prepare"],

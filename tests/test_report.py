@@ -15,8 +15,9 @@ from gpt2.files import UserError, write_csv, write_json
 from gpt2.markup import literal, number, table, to_html
 from gpt2.report import write_report
 from gpt2.results import stage_of
+from gpt2.studies import describe_norms, describe_training
 from stages import report
-from tests.invented_run import break_off, invent_run, load_weights, set_metric
+from tests.invented_run import LAYER_COLUMNS, break_off, invent_run, load_weights, set_metric, set_norm_study
 
 LINKS = {name: f"plots/report/{name}.png" for name in FIGURES}
 
@@ -26,7 +27,7 @@ LINKS = {name: f"plots/report/{name}.png" for name in FIGURES}
     [
         ("train.val_loss", "train"),
         ("heads.redundant_pairs", "head-similarity"),
-        ("norm_study.postln_stalled", "norm-study"),
+        ("norm_study.unigram_val_loss", "norm-study"),
     ],
 )
 def test_a_missing_metric_is_named_with_file_key_and_stage(tmp_path, missing, stage):
@@ -100,8 +101,55 @@ def test_a_diverged_run_is_told(tmp_path):
     break_off(tmp_path)
     text = write_report(results, LINKS)
     assert "norm `postln`" in text and "10.90 nats against 7.100, diverged" in text
-    assert "| postln | 0.001 | 10 | 0 | n/a | 0 | 40 |" in text
+    assert "| 0.001 | 10 | postln | 2 | n/a | 4.100 | 4.100 | 0 | 2 | 40 | 0 |" in text
+    assert "0.001 with 10 warm-up steps: 2 of 2 runs diverged" in text
     assert "HellaSwag accuracy rises along training | 1 of the 3 evaluations needed" in text
+
+
+def test_failures_of_a_norm_are_told_by_setting_with_what_rescues_them(tmp_path):
+    results = invent_run(tmp_path)
+    assert describe_norms(results, LINKS).split("\n\n")[1].splitlines() == [
+        "- **preln**: all runs learn in 4 of 4 settings, without a spike.",
+        "- **postln**: all runs learn in 3 of 4 settings. In trouble at a learning rate of",
+        "    - 0.003 without warm-up: 2 of 2 runs stalled; a longer warm-up (0.003 with 10 warm-up steps) rescues "
+        "2 of 2; a lower learning rate (0.001 without warm-up) rescues 2 of 2.",
+        "    - 0.003 with 10 warm-up steps: 2 spikes, all runs learn.",
+        "- **deepnorm**: all runs learn in 4 of 4 settings, without a spike.",
+    ]
+
+
+def test_a_cure_that_helps_some_runs_or_none_is_told_as_such(tmp_path):
+    results = invent_run(tmp_path)
+    set_norm_study(tmp_path, "postln", (3e-3, 10), diverged=1, loss_spikes=1)
+    set_norm_study(tmp_path, "postln", (1e-3, 0), stalled=2)
+    text = describe_norms(results, LINKS)
+    cures = "a longer warm-up (0.003 with 10 warm-up steps) rescues 1 of 2; a lower learning rate does not help."
+    assert f"0.003 without warm-up: 2 of 2 runs stalled; {cures}" in text
+    assert "0.003 with 10 warm-up steps: 1 of 2 runs diverged, 1 spike; a lower learning rate (0.001 with" in text
+    # No lower learning rate was tried.
+    assert "0.001 without warm-up: 2 of 2 runs stalled; a longer warm-up (0.001 with 10 warm-up steps) rescues" in text
+
+
+def test_the_norms_stand_together_at_each_setting(tmp_path):
+    lines = [line for line in describe_norms(invent_run(tmp_path), LINKS).splitlines() if line.startswith("| 0.")]
+    cells = [line.split(" | ")[:3] for line in lines]
+    assert cells == [
+        [f"| {lr}", warmup, norm]
+        for lr in ("0.001", "0.003")
+        for warmup in ("0", "10")
+        for norm in ("preln", "postln", "deepnorm")
+    ]
+
+
+def test_the_layers_are_told_as_last_logged(tmp_path):
+    results = invent_run(tmp_path)
+    rows = [(0, -1, 9.0, 9.0), (0, 0, 9.0, 9.0), (50, -1, 5.0, 0.1), (50, 0, 0.25, 0.5), (50, 1, 0.125, 2.0)]
+    write_csv(tmp_path / "plots/train/layers.csv", LAYER_COLUMNS, rows)
+    text = describe_training(results, LINKS)
+    assert "At step 50 the gradient norm of a block is between 0.1250 (layer 1) and 0.2500 (layer 0)" in text
+    assert "goes from 0.5000 after the first block to 2.000 after the last" in text
+    load_weights(tmp_path)
+    assert "At step" not in describe_training(results, LINKS)
 
 
 def test_loaded_weights_are_told_from_trained_ones(tmp_path):

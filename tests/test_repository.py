@@ -5,6 +5,7 @@ import re
 import tomllib
 from pathlib import PurePosixPath
 
+import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
@@ -53,8 +54,13 @@ def make_targets() -> set[str]:
     return set(re.findall(r"^([a-z]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
 
 
-def read_me() -> str:
-    return (ROOT / "README.md").read_text(encoding="utf-8")
+DOCUMENTS = ["README.md", *sorted(path.relative_to(ROOT).as_posix() for path in (ROOT / "docs").glob("*.md"))]
+
+
+@pytest.fixture(params=DOCUMENTS)
+def document(request) -> str:
+    """The text of each document in turn."""
+    return (ROOT / request.param).read_text(encoding="utf-8")
 
 
 def code_in(text: str) -> list[str]:
@@ -65,7 +71,7 @@ def code_in(text: str) -> list[str]:
 
 
 def exists(path: str) -> bool:
-    """Whether a path of the README is in Git, a result of the pipeline, or text that the user is to supply.
+    """Whether a path of a document is in Git, a result of the pipeline, or text that the user is to supply.
 
     <name> and * stand for any name.
     """
@@ -78,14 +84,16 @@ def exists(path: str) -> bool:
     return inside or path in sources or any(lies_in(known, path) for known in files_of_git() | results)
 
 
-def test_links_of_the_readme_lead_to_files():
-    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", read_me())
-    assert [target for target in targets if "://" not in target and not exists(target)] == []
+@pytest.mark.parametrize("name", DOCUMENTS)
+def test_links_of_the_documents_lead_to_files(name):
+    targets = re.findall(r"\]\(([^)#\s]+)(?:#[^)]*)?\)", (ROOT / name).read_text(encoding="utf-8"))
+    paths = [os.path.normpath(PurePosixPath(name).parent / target) for target in targets if "://" not in target]
+    assert [path for path in paths if not exists(path)] == []
 
 
-def test_paths_in_the_readme_exist():
+def test_paths_in_the_documents_exist(document):
     top = {name.split("/")[0] for name in files_of_git() | all_written() if "/" in name}
-    words = {word.strip("\"'(),:;") for code in code_in(read_me()) for word in re.split(r"[\s=│├└─]+", code)}
+    words = {word.strip("\"'(),:;") for code in code_in(document) for word in re.split(r"[\s=│├└─]+", code)}
     in_folders = {word for word in words if word.split("/")[0] in top and "/" in word}
     by_name = {word for word in words if re.fullmatch(r"[\w.-]+\.(py|md|yaml|toml|lock|html)", word)}
     names = {PurePosixPath(path).name for path in files_of_git() | all_written()}
@@ -93,8 +101,8 @@ def test_paths_in_the_readme_exist():
     assert {word for word in in_folders if not exists(word)} | (by_name - names) == set()
 
 
-def test_commands_in_the_readme_exist():
-    lines = code_in(read_me())
+def test_commands_in_the_documents_exist(document):
+    lines = code_in(document)
     targets = {word for line in lines for word in re.findall(r"\bmake ((?:[a-z]+ ?)+)", line) for word in word.split()}
     assert targets and targets <= make_targets()
     modules = {name for line in lines for name in re.findall(r"-m ((?:gpt2|stages|tests|bench)[\w.]*)", line)}
@@ -103,9 +111,9 @@ def test_commands_in_the_readme_exist():
     assert [name for name, place in places.items() if not {f"{place}.py", f"{place}/__main__.py"} & files] == []
 
 
-def test_stages_and_parameters_named_in_the_readme_exist():
+def test_stages_and_parameters_named_in_the_documents_exist(document):
     values = load_yaml("params.yaml")
-    for line in code_in(read_me()):
+    for line in code_in(document):
         for option, words in re.findall(r"\bdvc repro((?: -\w| --[\w-]+)*)((?: [\w-]+)*)", line):
             assert set(words.split()) <= STAGES.keys(), f"{line}: {option}"
         for key in re.findall(r"(?:-S|--set-param) ['\"]?([\w.]+)=", line):

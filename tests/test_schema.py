@@ -102,6 +102,17 @@ def test_a_step_that_does_not_divide_is_refused_with_the_nearest_that_do(values,
         check(values)
 
 
+@pytest.mark.parametrize(("nproc", "processes"), [(2, 6), ("gpu", 3)])
+def test_the_processes_of_all_machines_share_a_step(values, nproc, processes):
+    values["tiny"]["hardware"] |= {"nproc": nproc, "nnodes": 3, "rdzv_endpoint": "a:29400"}
+    values["tiny"]["model"]["block_size"] = 128
+    values["tiny"]["train"] |= {"tokens_per_step": processes * 1024, "micro_batch": 8}
+    check(values)
+    values["tiny"]["train"]["tokens_per_step"] += 1024
+    with pytest.raises(UserError, match=rf"must be a multiple of {processes * 1024} \(.* = 128 × 8 × {processes}\)"):
+        check(values)
+
+
 @pytest.mark.parametrize("scale", SCALES)
 def test_an_unknown_encoding_is_refused_in_any_scale(values, scale):
     values[scale]["tokenize"]["encoding"] = "p50k"

@@ -12,8 +12,9 @@ from gpt2.files import read_json
 from gpt2.hardware import HardwareConfig
 from gpt2.stage import SPEED, Stage, peak_memory_gib
 from tests.closure import ROOT, import_closure
+from tests.settings import HARDWARE
 
-PARAMS = {"norm": "preln", "scale": "tiny", "tiny": {"hardware": {"nproc": 1, "threads": 1, "workers": 1}}}
+PARAMS = {"norm": "preln", "scale": "tiny", "tiny": {"hardware": HARDWARE}}
 HEAD = """
 from pathlib import Path
 from gpt2.files import UserError
@@ -99,8 +100,8 @@ def test_a_fault_of_the_program_keeps_its_traceback(folder):
     ("changed", "named"),
     [
         ({"norm": "postln"}, "norm"),
-        ({"tiny": {"hardware": {"nproc": 1, "threads": 2, "workers": 1}}}, "hardware"),
-        ({"scale": "full", "full": {"hardware": {"nproc": 2, "threads": 1, "workers": 1}}}, "hardware"),
+        ({"tiny": {"hardware": {**HARDWARE, "threads": 2}}}, "hardware"),
+        ({"scale": "full", "full": {"hardware": {**HARDWARE, "nproc": 2}}}, "hardware"),
     ],
 )
 def test_a_stage_whose_parameter_was_edited_fails(folder, changed, named):
@@ -128,14 +129,15 @@ def test_a_parameter_edited_and_restored_is_no_concern(folder):
 
 
 def test_a_wrong_parameter_ends_the_stage_with_its_key(folder):
-    set_params(folder, tiny={"hardware": {"nproc": 0, "threads": 1, "workers": 1}})
+    set_params(folder, tiny={"hardware": {**HARDWARE, "nproc": 0}})
     with pytest.raises(SystemExit, match=r"probe: tiny\.hardware\.nproc"), Stage("probe") as stage:
         stage.load("hardware", HardwareConfig)
     assert speed_files(folder) == []
 
 
 def test_a_process_that_is_not_the_main_one_writes_nothing(folder):
-    with Stage("probe", main=False) as stage:
+    with Stage("probe") as stage:
+        stage.silence()
         stage.timed["tokens_per_s"] = 1.0
     assert speed_files(folder) == []
 

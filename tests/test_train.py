@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from gpt2 import params
@@ -16,7 +17,8 @@ from gpt2.checkpoint import KEPT
 from gpt2.evaluate import mean_loss
 from gpt2.files import UserError, read_json
 from gpt2.optim import build_optimizer, lr_at
-from gpt2.train import EVAL_COLUMNS, TRAIN_COLUMNS, Stepper, TrainConfig, TrainResult, fit
+from gpt2.rows import TABLES
+from gpt2.train import Stepper, TrainConfig, TrainResult, fit
 from gpt2.weights import load_model
 from tests.training_run import (
     LOCAL,
@@ -37,7 +39,7 @@ from tests.training_run import (
 )
 
 STEPS = SECTIONS["train"]["max_steps"]
-LOSS, LR, GRAD_NORM = (TRAIN_COLUMNS.index(name) for name in ("loss", "lr", "grad_norm"))
+LOSS, LR, GRAD_NORM = (TABLES["train"].index(name) for name in ("loss", "lr", "grad_norm"))
 
 
 # One run that nothing disturbs, in one process and in two, and the wrecks of others: what the tests below start from.
@@ -95,7 +97,7 @@ def test_rows_and_files_of_a_run_are_complete(whole):
     rows, evals = (read_table(whole / "plots" / "train" / f"{name}.csv") for name in ("train", "eval"))
     config = load_parts(whole).config
     headers = [(whole / f"plots/train/{name}.csv").read_text().split("\n")[0] for name in ("train", "eval")]
-    assert headers == [",".join(TRAIN_COLUMNS), ",".join(EVAL_COLUMNS)]
+    assert headers == [",".join(TABLES["train"]), ",".join(TABLES["eval"])]
     assert rows[:, 0].tolist() == list(range(1, STEPS + 1))
     assert rows[:, LR].tolist() == [lr_at(step, config) for step in range(STEPS)]
     assert evals[:, 0].tolist() == [0, 25, 50, 75, 100, STEPS]
@@ -245,8 +247,9 @@ def first_gradients(folder: Path, **changed) -> tuple[list[Tensor], float, float
     set_params(folder, train={"grad_clip": 1e9, **changed})
     parts = load_parts(folder)
     stepper = Stepper(parts.model, build_optimizer(parts.model, parts.config), parts.config, parts.order, LOCAL)
-    loss, grad_norm, stopping = stepper.backward(0, [], TrainResult())
+    loss, stopping = stepper.backward(0, TrainResult())
     assert not stopping
+    grad_norm = stepper.clip()
     return [parameter.grad for parameter in parts.model.parameters()], loss, grad_norm
 
 
@@ -263,6 +266,22 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, micro_batc
         torch.testing.assert_close(gradient, parameter.grad, rtol=1e-4, atol=1e-7)
     norm = torch.stack([gradient.norm() for gradient in gradients]).norm()
     assert grad_norm == pytest.approx(norm.item(), rel=1e-5)
+
+
+def test_four_micro_batches_of_one_process_are_one_of_four(tmp_path):
+    folder = prepare_folder(tmp_path)
+    gradients, told = [], []
+    for processes in (1, 4):
+        log = finish(start(folder, processes, module="tests.first_gradients"), folder)
+        told.append(log.splitlines()[-1].split())
+        gradients.append(load_file(folder / "gradients.safetensors"))
+    assert [words[1] for words in told] == ["4", "1"]
+    assert float(told[0][3]) == pytest.approx(float(told[1][3]), rel=1e-6)
+    one, four = gradients
+    assert one.keys() == four.keys()
+    for name, gradient in one.items():
+        # Four numbers of fp32 (24 bits) added in two orders differ by a few units of the last place of the largest.
+        torch.testing.assert_close(four[name], gradient, rtol=1e-5, atol=2e-7 * gradient.abs().max().item())
 
 
 def test_the_norm_is_recorded_before_clipping_and_applied_after(tmp_path):
@@ -289,7 +308,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(tmp_path):
     nn.init.constant_(parts.model.h[1].mlp.c_fc.weight, 3e38)
     before = {name: tensor.clone() for name, tensor in parts.model.state_dict().items()}
     result = fit_here(parts, tmp_path)
-    assert (result.diverged_at_step, result.train_rows) == (0, [])
+    assert (result.diverged_at_step, result.rows["train"]) == (0, [])
     assert all(torch.equal(tensor, before[name]) for name, tensor in parts.model.state_dict().items())
 
 
@@ -297,7 +316,7 @@ def test_the_update_has_the_learning_rate_of_its_step(tmp_path):
     parts = load_parts(prepare_folder(tmp_path))
     stepper = Stepper(parts.model, build_optimizer(parts.model, parts.config), parts.config, parts.order, LOCAL)
     before = parts.model.ln_f.bias.detach().clone()
-    stepper.backward(4, [], TrainResult())
+    stepper.backward(4, TrainResult())
     stepper.update(4)
     # AdamW's first step has the size of the learning rate, which is half of max_lr at step 5 of a warm-up of 10.
     moved = (parts.model.ln_f.bias - before).abs()
@@ -310,7 +329,7 @@ def test_one_batch_is_learned_by_heart(tmp_path):
     prepare_folder(tmp_path, train_bytes=128, train={"max_lr": 3e-2, "max_steps": 120, "eval_interval": 1000})
     parts = load_parts(tmp_path)
     assert parts.order.windows_per_epoch == parts.order.batch_windows
-    rows = fit_here(parts, tmp_path).train_rows
+    rows = fit_here(parts, tmp_path).rows["train"]
     assert rows[0][LOSS] > 5 and rows[-1][LOSS] < 0.1
 
 
@@ -330,8 +349,9 @@ def test_a_run_resumed_twice_has_every_row_once(tmp_path):
     (tmp_path / "step_00000024.safetensors").unlink()
     for steps in (4, 0):
         again = fit_here(load_parts(tmp_path), tmp_path)
-        assert again.steps_timed == steps
-        assert (again.train_rows, again.eval_rows) == (first.train_rows, first.eval_rows)
+        # The first step of a process counts in no rate.
+        assert again.steps_timed == max(0, steps - 1)
+        assert again.rows == first.rows
         assert checkpoint_names(tmp_path) == ["step_00000020", "step_00000024"]
 
 
@@ -358,6 +378,39 @@ def test_a_diverging_run_ends_well_and_says_so(tmp_path, monkeypatch, max_lr, fi
     assert list((tmp_path / ".scratch" / "train").iterdir()) == []
 
 
+def test_weights_without_a_finite_validation_give_way_to_the_last_that_had_one(tmp_path, monkeypatch):
+    prepare_folder(tmp_path, train={"eval_interval": 10, "max_steps": 40})
+    parts = load_parts(tmp_path)
+    update, kept = Stepper.update, {}
+
+    def overflow(self, step):
+        if step == 10:
+            # Evaluated after 10 steps; the 11th makes the weights too large to compute with.
+            kept.update({name: tensor.clone() for name, tensor in parts.model.state_dict().items()})
+        update(self, step)
+        if step == 10:
+            nn.init.constant_(parts.model.h[1].mlp.c_fc.weight, 3e38)
+
+    monkeypatch.setattr(Stepper, "update", overflow)
+    result = fit_here(parts, tmp_path)
+    assert result.diverged_at_step == 11
+    assert [row[0] for row in result.rows["train"]] == list(range(1, 12))
+    assert [row[0] for row in result.rows["eval"]] == [0, 10]
+    assert all(torch.equal(tensor, kept[name]) for name, tensor in parts.model.state_dict().items())
+
+
+@pytest.mark.parametrize("max_lr", [1e10, 1e30])
+def test_no_learning_rate_is_too_high_for_a_result(tmp_path, monkeypatch, max_lr):
+    prepare_folder(tmp_path, train={"max_lr": max_lr, "warmup_steps": 0, "eval_interval": 10})
+    train_here(tmp_path, monkeypatch)
+    figures = read_json(tmp_path / "metrics" / "train.json")
+    assert (figures["diverged"], math.isfinite(figures["val_loss"])) == (1, True)
+    assert figures["model_steps"] == read_table(tmp_path / "plots" / "train" / "eval.csv")[-1, 0]
+    saved = load_model(tmp_path / "models" / "gpt2")
+    parts = load_parts(tmp_path)
+    assert mean_loss(saved, parts.evaluation.windows, parts.config.micro_batch) == figures["val_loss"]
+
+
 def test_a_resumed_run_diverges_where_the_first_did(tmp_path):
     prepare_folder(tmp_path, train={"max_lr": 3.0, "warmup_steps": 0})
     first = fit_here(load_parts(tmp_path), tmp_path)
@@ -365,9 +418,9 @@ def test_a_resumed_run_diverges_where_the_first_did(tmp_path):
     assert (tmp_path / "step_00000024.safetensors").exists()
     (tmp_path / "step_00000032.safetensors").unlink()
     second = fit_here(load_parts(tmp_path), tmp_path)
-    assert second.steps_timed == 8
+    assert second.steps_timed == 7
     assert first.diverged_at_step == second.diverged_at_step == 32
-    assert (first.train_rows, first.eval_rows) == (second.train_rows, second.eval_rows)
+    assert first.rows == second.rows
 
 
 # Refusals.
@@ -378,7 +431,8 @@ def test_a_resumed_run_diverges_where_the_first_did(tmp_path):
     [
         (
             {"tokens_per_step": 100},
-            r"train\.tokens_per_step = 100 must be a multiple of 16 \(model\.block_size\); nearest values: 96, 112$",
+            r"train\.tokens_per_step = 100 must be a multiple of 32 \(model\.block_size × train\.micro_batch × "
+            r"processes = 16 × 2 × 1\); nearest values: 96, 128$",
         ),
         (
             {"tokens_per_step": 112},
@@ -410,3 +464,46 @@ def test_accumulation_follows_from_the_tokens_of_a_step():
     assert [config.accumulation(16, processes) for processes in (1, 2, 3, 12)] == [12, 6, 4, 1]
     with pytest.raises(UserError, match=r"= 16 × 4 × 5\); nearest values: 640, 960$"):
         config.accumulation(16, 5)
+
+
+# The length of a run.
+
+
+def test_epochs_and_steps_are_two_names_of_one_length(tmp_path, monkeypatch, caplog):
+    # 500 windows in steps of 8: half an epoch is 31 steps.
+    outcomes = []
+    for name, length in (("epochs", {"max_steps": None, "epochs": 0.5}), ("steps", {"max_steps": 31, "epochs": None})):
+        folder = prepare_folder(tmp_path / name, train=length)
+        with caplog.at_level("INFO"):
+            train_here(folder, monkeypatch)
+        assert "31 steps of 128 tokens, which are 0.50 epochs of 500 windows of 16 tokens" in caplog.text
+        caplog.clear()
+        outcomes.append(outcome(folder))
+    assert outcomes[0] == outcomes[1]
+    assert read_json(tmp_path / "epochs" / "metrics" / "train.json")["epochs"] == pytest.approx(0.496)
+
+
+@pytest.mark.parametrize(
+    ("length", "message"),
+    [
+        ({"max_steps": 20, "epochs": 1.0}, r"max_steps=20 and epochs=1\.0: give one and set the other to null"),
+        ({"max_steps": None, "epochs": None}, r"max_steps=None and epochs=None: give one"),
+        ({"max_steps": None, "epochs": 0.0}, r"tiny\.train\.epochs = 0"),
+        (
+            {"max_steps": None, "epochs": 0.1},
+            r"train\.warmup_steps = 10 must be less than the 6 steps of train\.epochs = 0\.1; shorten the warm-up",
+        ),
+    ],
+)
+def test_a_length_that_is_none_is_refused(tmp_path, monkeypatch, length, message):
+    prepare_folder(tmp_path, train=length)
+    with pytest.raises(SystemExit, match=message):
+        train_here(tmp_path, monkeypatch)
+    assert not (tmp_path / "metrics").exists()
+
+
+def test_deterministic_changes_nothing_on_a_cpu(whole, tmp_path):
+    # In a process of its own: the setting holds for all that a process does.
+    folder = prepare_folder(tmp_path, train={"deterministic": True})
+    finish(start(folder), folder)
+    assert outcome(folder) == outcome(whole)

@@ -36,16 +36,21 @@ VOCABULARY = Vocabulary(encoding="bytes", vocab_size=257, eot_token=256)
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
 ADAM = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_clip": 1.0}
 SECTIONS = {
-    "hardware": {"nproc": 1, "threads": 1, "workers": 1},
+    "hardware": {
+        **{"nproc": 1, "threads": 1, "workers": 1, "max_restarts": 0},
+        **{"nnodes": 1, "rdzv_endpoint": None, "local_addr": None},
+    },
     "model": SHAPE,
     "train": {
         **ADAM,
         "seed": 1337,
         "max_steps": 120,
+        "epochs": None,
         "tokens_per_step": 128,
         "micro_batch": 2,
         "precision": "float32",
         "compile": False,
+        "deterministic": False,
         "max_lr": 2e-3,
         "min_lr": 2e-4,
         "warmup_steps": 10,
@@ -139,11 +144,13 @@ def load_parts(folder: Path) -> Parts:
     )
 
 
-def start(folder: Path, processes: int = 1, module: str = "stages.train") -> subprocess.Popen:
+def start(folder: Path, processes: int = 1, module: str = "stages.train", restarts: int = 0) -> subprocess.Popen:
     """Start a stage in `folder`; above one process under torchrun. Its output goes to log.txt."""
-    launcher = ["-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={processes}"] if processes > 1 else []
-    given = {key: value for key, value in os.environ.items() if key != "DVC_ROOT"}
-    env = {**given, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
+    launcher = ["-m", *torchrun] if processes > 1 else []
+    given = {key: value for key, value in os.environ.items() if key not in ("DVC_ROOT", "DVC_STAGE")}
+    # As in dvc.yaml.
+    env = {**given, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(folder / "log.txt", "w") as log:
         return subprocess.Popen(
             [sys.executable, *launcher, "-m", module], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT
@@ -207,6 +214,7 @@ def outcome(folder: Path) -> dict[str, bytes]:
         "models/gpt2/config.json",
         "plots/train/train.csv",
         "plots/train/eval.csv",
+        "plots/train/layers.csv",
     )
     return {name: (folder / name).read_bytes() for name in (*names, "metrics/train.json")}
 
