@@ -72,6 +72,7 @@ def describe(results: Mapping[str, Mapping]) -> str:
         *(("exact", "free"), ("whole", "killed"), ("whole", "pair-killed")),
     )
     exact, free = (results[name]["speed"]["tokens_per_s"] for name in ("exact", "free"))
+    waits = [result["speed"]["data_wait_percent"] for name, result in results.items() if name != "nanogpt"]
     dates = sorted({result["date"] for result in results.values()})
     return "\n".join(
         [
@@ -95,6 +96,10 @@ def describe(results: Mapping[str, Mapping]) -> str:
             f"`train.deterministic` costs {1 - exact / free:.1%} of the rate on {results['free']['device']}.",
             "",
             describe_costs(postln),
+            "",
+            f"The runs waited for data for {min(waits):.1f} to {max(waits):.1f} % of their steps. The code that they ran "
+            "read each micro-batch when it was due, or in a thread; since then it is read while the GPU works, which has "
+            "not been measured on a GPU.",
             "",
             f"nanoGPT, compiled, in the same call as the first run: {nanogpt['tokens_per_s']:,.0f} tokens/s and "
             f"{nanogpt['peak_gpu_memory_gib']:.1f} GiB on {nanogpt['device']}.",

@@ -135,9 +135,7 @@ class TrainResult:
 
     rows: Rows = field(default_factory=lambda: {table: [] for table in TABLES})
     diverged_at_step: int = -1
-    seconds: dict[str, float] = field(
-        default_factory=lambda: dict.fromkeys(("start", "step", "data", "eval", "save"), 0.0)
-    )
+    seconds: dict[str, float] = field(default_factory=lambda: dict.fromkeys(KINDS_OF_TIME, 0.0))
     steps_timed: int = 0
 
     @contextmanager
@@ -231,7 +229,7 @@ class _Run:
             if stopping or (step + 1) % config.checkpoint_interval == 0:
                 self._save(step + 1)
             if stopping:
-                # Torchrun would end the others' wait for the main process to save.
+                # A process that leaves ends torchrun, which would not let the main one save at leisure.
                 self.dist.barrier()
                 raise SystemExit(interrupt.exit_code)
         if not self._evaluate(len(result.rows["train"])) and result.rows["eval"]:
@@ -282,14 +280,16 @@ class _Run:
 
     def _rate(self) -> tuple[float, float]:
         """Tokens per second of this process's steps so far, and the seconds that the rest takes at that rate."""
-        rate = self._tokens(self.result.steps_timed) / max(self.result.seconds["step"], 1e-9)
-        return rate, self._tokens(self.config.max_steps - len(self.result.rows["train"])) / max(rate, 1e-9)
+        seconds, timed = self.result.seconds, self.result.steps_timed
+        # The first step is slow, but all there is to go by until the second.
+        rate = self._tokens(timed or 1) / max(seconds["step"] if timed else seconds["start"], 1e-9)
+        return rate, self._tokens(self.config.max_steps - len(self.result.rows["train"])) / rate
 
     def _beat(self, doing: str) -> None:
         if not self.heartbeat or not self.heartbeat.due:
             return
         rows, seconds = self.result.rows, self.result.seconds
-        rate, eta = self._rate()
+        rate, eta = self._rate() if seconds["start"] else (0.0, None)
         self.heartbeat.beat(
             {
                 "doing": doing,
@@ -298,7 +298,7 @@ class _Run:
                 "loss": rows["train"][-1][2] if rows["train"] else None,
                 "val_loss": rows["eval"][-1][2] if rows["eval"] else None,
                 "tokens_per_s": rate,
-                "eta_s": eta if self.result.steps_timed else None,
+                "eta_s": eta,
                 "data_wait_percent": 100 * seconds["data"] / max(seconds["step"], 1e-9),
                 **self.saved,
             }

@@ -82,7 +82,8 @@ def run_figures(
         "diverged": int(result.diverged_at_step >= 0),
         "diverged_at_step": result.diverged_at_step,
         "unigram_entropy": tokens.unigram_entropy,
-        "stalled": int(has_stalled(val_loss, tokens.unigram_entropy)),
+        # A run that diverged has not stalled as well: it broke off.
+        "stalled": int(result.diverged_at_step < 0 and has_stalled(val_loss, tokens.unigram_entropy)),
     }
 
 

@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from gpt2.shards import TokenSet, Vocabulary, write_split
+from tests.training_run import finish, prepare_folder, start
 
 # Models are tiny: more threads would only wait for each other, and the bits of a sum depend on their number.
 torch.set_num_threads(1)
@@ -25,3 +26,20 @@ def write_tokens(tmp_path: Path) -> Callable[..., TokenSet]:
         return TokenSet(tmp_path / "tokens", split)
 
     return write
+
+
+# Training runs that nothing disturbs, in one process and in two: read, never written.
+
+
+@pytest.fixture(scope="session")
+def whole(tmp_path_factory) -> Path:
+    folder = prepare_folder(tmp_path_factory.mktemp("whole"))
+    finish(start(folder), folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def whole_pair(tmp_path_factory) -> Path:
+    folder = prepare_folder(tmp_path_factory.mktemp("whole_pair"))
+    finish(start(folder, processes=2), folder)
+    return folder

@@ -21,7 +21,6 @@ from tests.training_run import (
     kill,
     outcome,
     prepare_folder,
-    start,
     wait_for_checkpoint,
 )
 
@@ -29,12 +28,10 @@ COMMAND = STAGES["train"]["cmd"]
 SLURM_SCRIPT = ROOT / "docs" / "train.slurm"
 
 
-@pytest.fixture(scope="module")
-def one_machine(tmp_path_factory) -> dict[str, bytes]:
+@pytest.fixture
+def one_machine(whole_pair) -> dict[str, bytes]:
     """What two processes on one machine make."""
-    folder = prepare_folder(tmp_path_factory.mktemp("one_machine"))
-    finish(start(folder, processes=2), folder)
-    return outcome(folder)
+    return outcome(whole_pair)
 
 
 @pytest.fixture

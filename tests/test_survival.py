@@ -29,20 +29,6 @@ from tests.training_run import (
 EPOCH_END = 62
 
 
-@pytest.fixture(scope="module")
-def whole(tmp_path_factory) -> Path:
-    folder = prepare_folder(tmp_path_factory.mktemp("whole"))
-    finish(start(folder), folder)
-    return folder
-
-
-@pytest.fixture(scope="module")
-def whole_pair(tmp_path_factory) -> Path:
-    folder = prepare_folder(tmp_path_factory.mktemp("whole_pair"))
-    finish(start(folder, processes=2), folder)
-    return folder
-
-
 def die(folder: Path, monkeypatch: pytest.MonkeyPatch, at: str) -> None:
     """Run the training until it kills itself there."""
     monkeypatch.setenv("DIE_AT", at)

@@ -83,7 +83,7 @@ def test_figures_by_hand(folder, tmp_path):
 def test_figures_of_a_run_that_diverged_in_its_first_step_are_numbers(folder, tmp_path):
     figures = figures_of(folder, make_result([], val_loss=5000.0, diverged_at_step=0))
     assert (figures["steps"], figures["diverged"], figures["diverged_at_step"]) == (0, 1, 0)
-    assert (figures["train_loss"], figures["max_grad_norm"], figures["stalled"]) == (5000.0, 0.0, 1)
+    assert (figures["train_loss"], figures["max_grad_norm"], figures["stalled"]) == (5000.0, 0.0, 0)
     # Refuses NaN and infinity: the perplexity of this loss is beyond floating point.
     write_json(tmp_path / "train.json", figures)
 
