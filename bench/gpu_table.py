@@ -98,8 +98,8 @@ def describe(results: Mapping[str, Mapping]) -> str:
             describe_costs(postln),
             "",
             f"The runs waited for data for {min(waits):.1f} to {max(waits):.1f} % of their steps. The code that they "
-            "ran read each micro-batch when it was due, or in a thread; since then it is read while the GPU works, which "
-            "has not been measured on a GPU.",
+            "ran read each micro-batch when it was due, or in a thread; since then it is read while the GPU works, "
+            "which has not been measured on a GPU.",
             "",
             f"nanoGPT, compiled, in the same call as the first run: {nanogpt['tokens_per_s']:,.0f} tokens/s and "
             f"{nanogpt['peak_gpu_memory_gib']:.1f} GiB on {nanogpt['device']}.",
