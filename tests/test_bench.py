@@ -5,6 +5,8 @@ from types import SimpleNamespace
 import pytest
 
 import bench.__main__ as bench
+from bench import gpu_table, optimizers
+from gpt2.files import read_json
 from gpt2.params import load, read
 from gpt2.shape import ModelShape
 from tests.closure import ROOT
@@ -52,3 +54,28 @@ def test_the_classifier_is_the_share_of_the_operations_that_the_text_says(monkey
     blocks = 6 * 12 * shape.n_layer * shape.n_embd**2 + 12 * shape.n_layer * shape.n_embd * shape.block_size
     assert "seven eighths of the operations" in bench.__doc__.replace("\n", " ")
     assert abs(classifier / (classifier + blocks) - 7 / 8) < 0.02
+
+
+def test_pages_say_what_their_measurements_say(tmp_path, monkeypatch):
+    for module, build in (
+        (gpu_table, gpu_table.main),
+        (optimizers, lambda: optimizers.tabulate(sorted((ROOT / "bench/results/optimizers").glob("*.json")))),
+    ):
+        committed = (ROOT / module.RESULT).read_text(encoding="utf-8")
+        monkeypatch.chdir(ROOT)
+        monkeypatch.setattr(module, "RESULT", tmp_path / "page.md")
+        # The page names its picture, which lies beside it.
+        monkeypatch.setattr(module, "PICTURE", tmp_path / module.PICTURE.name)
+        build()
+        assert (tmp_path / "page.md").read_text(encoding="utf-8") == committed
+
+
+def test_pages_notice_a_measurement_that_changed(monkeypatch):
+    results = {path.stem: read_json(path) for path in sorted((ROOT / gpu_table.FOLDER).glob("*.json"))}
+    monkeypatch.chdir(ROOT)
+    same = "- “{}” and “{}”: the same bits, weights and all rows.".format(
+        results["exact"]["says"], results["exact-killed"]["says"]
+    )
+    assert same in gpu_table.describe(results)
+    results["exact-killed"]["sha256"] = "0"
+    assert same not in gpu_table.describe(results)
