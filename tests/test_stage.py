@@ -10,11 +10,13 @@ import pytest
 
 from gpt2.files import read_json
 from gpt2.hardware import HardwareConfig
+from gpt2.shape import ModelShape
 from gpt2.stage import SPEED, Stage, peak_memory_gib
 from tests.closure import ROOT, import_closure
 from tests.settings import HARDWARE
 
-PARAMS = {"norm": "preln", "scale": "tiny", "tiny": {"hardware": HARDWARE}}
+MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
+PARAMS = {"norm": "preln", "scale": "tiny", "tiny": {"hardware": HARDWARE, "model": MODEL}}
 HEAD = """
 from pathlib import Path
 from gpt2.files import UserError
@@ -100,14 +102,14 @@ def test_a_fault_of_the_program_keeps_its_traceback(folder):
     ("changed", "named"),
     [
         ({"norm": "postln"}, "norm"),
-        ({"tiny": {"hardware": {**HARDWARE, "threads": 2}}}, "hardware"),
-        ({"scale": "full", "full": {"hardware": {**HARDWARE, "nproc": 2}}}, "hardware"),
+        ({"tiny": {"model": {**MODEL, "n_layer": 3}}}, "model"),
+        ({"scale": "full", "full": {"model": {**MODEL, "n_head": 4}}}, "model"),
     ],
 )
 def test_a_stage_whose_parameter_was_edited_fails(folder, changed, named):
     message = rf"probe: edited while the stage ran: params\.yaml \({named}\); .*dvc repro again"
     with pytest.raises(SystemExit, match=message), Stage("probe") as stage:
-        stage.load("hardware", HardwareConfig)
+        stage.load("model", ModelShape)
         stage.top("norm")
         set_params(folder, **changed)
     assert speed_files(folder) == []
@@ -115,8 +117,16 @@ def test_a_stage_whose_parameter_was_edited_fails(folder, changed, named):
 
 def test_an_edited_parameter_that_the_stage_did_not_read_is_no_concern(folder):
     with Stage("probe") as stage:
-        stage.load("hardware", HardwareConfig)
+        stage.load("model", ModelShape)
         set_params(folder, norm="postln", short={})
+    assert speed_files(folder) == ["probe.json"]
+
+
+def test_an_edit_of_the_hardware_section_is_no_concern(folder):
+    # It is read at launch and decides no result; days of training must not be lost to it.
+    with Stage("probe") as stage:
+        assert stage.load("hardware", HardwareConfig).threads == 1
+        set_params(folder, tiny={"hardware": {**HARDWARE, "threads": 2}, "model": MODEL})
     assert speed_files(folder) == ["probe.json"]
 
 
