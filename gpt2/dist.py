@@ -2,6 +2,7 @@
 
 import json
 import os
+import traceback
 from collections.abc import Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
@@ -112,6 +113,11 @@ def distributed(hardware: HardwareConfig) -> Iterator[Dist]:
     torch.distributed.init_process_group("nccl" if device.type == "cuda" else "gloo")
     try:
         yield Dist(rank, local_rank, world_size, device, _elect_main(rank, world_size, device))
+    except BaseException as error:
+        # The frames that the error passed hold DistributedDataParallel. Outliving the group, it would wait for the end
+        # of gloo's thread with Python's lock held, and that thread may need the lock to end (torch 2.13).
+        traceback.clear_frames(error.__traceback__)
+        raise
     finally:
         torch.distributed.destroy_process_group()
 

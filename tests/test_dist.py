@@ -16,10 +16,22 @@ from tests.closure import ROOT
 LAUNCHED = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE")
 # What each process of the group of two below does; it prints one line.
 MEMBER = """
+import weakref
 import torch
+from torch.nn.parallel import DistributedDataParallel
 from gpt2.dist import distributed
 from tests.test_dist import make_hardware
 
+def fail(held):
+    model = DistributedDataParallel(torch.nn.Linear(2, 2))
+    held["model"] = weakref.ref(model)
+    raise KeyError
+
+def destroy(destroy=torch.distributed.destroy_process_group):
+    print("model left:", held["model"]() is not None)
+    destroy()
+
+torch.distributed.destroy_process_group = destroy
 try:
     with distributed(make_hardware(threads=4)) as dist:
         given = torch.tensor([1.0, 10.0]) * (dist.rank + 1)
@@ -31,7 +43,8 @@ try:
         tensors = {"a": torch.tensor([[0.1, 2.0]]), "b": torch.empty(0), "c": torch.tensor(7)} if dist.is_main else {}
         print(dist.share(held))
         print({name: (tensor.dtype, tensor.tolist()) for name, tensor in dist.share_tensors(tensors).items()})
-        raise KeyError
+        held = {}
+        fail(held)
 except KeyError:
     print(torch.distributed.is_initialized())
 """
@@ -102,19 +115,20 @@ SHARED = [
     "{'loss': 0.30000000000000004, 'name': 'ä', 'rows': [[1, 2.5]]}",
     "{'a': (torch.float32, [[0.10000000149011612, 2.0]]), 'b': (torch.float32, []), 'c': (torch.int64, 7)}",
 ]
+ENDED = ["model left: False", "False"]
 
 
 def test_two_processes_sum_share_and_part():
     lines = run_pair()
-    # The group is taken down although its block ends in an error.
-    assert lines[0] == ["0 True 2 True [3.0, 30.0] 2", *SHARED, "False"]
-    assert lines[1] == ["1 False 2 True [3.0, 30.0] 2", *SHARED, "False"]
+    # The group is taken down although its block ends in an error, and after the model that would wait for it.
+    assert lines[0] == ["0 True 2 True [3.0, 30.0] 2", *SHARED, *ENDED]
+    assert lines[1] == ["1 False 2 True [3.0, 30.0] 2", *SHARED, *ENDED]
 
 
 def test_the_process_that_dvc_started_is_main_whatever_its_rank():
     lines = run_pair(under_dvc=1)
     assert [line[0].split()[1] for line in lines] == ["False", "True"]
-    assert lines[0][1:] == lines[1][1:] == [*SHARED, "False"]
+    assert lines[0][1:] == lines[1][1:] == [*SHARED, *ENDED]
 
 
 def test_precision_is_that_of_the_products_alone():
