@@ -5,6 +5,7 @@ Shapes: B sequences, T tokens, C = n_embd channels, H heads of D = n_embd / n_he
 
 import math
 import warnings
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -17,6 +18,8 @@ from gpt2.loss import linear_cross_entropy
 from gpt2.shape import ModelShape
 
 Norm = Literal["preln", "postln", "deepnorm"]
+# Queries, keys and values, each (B, H, T, D), to the weighted values (B, H, T, D).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
 VOCAB_MULTIPLE = 128
 
 # GPT._init_weights sets every weight; the modules' own draws would be thrown away.
@@ -53,6 +56,9 @@ class GPTConfig(ModelShape):
         return -(-self.vocab_size // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
 
 
+causal: Attend = partial(F.scaled_dot_product_attention, is_causal=True)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of each token to itself and the tokens before it, with `n_head` heads (0 after pruning)."""
 
@@ -62,13 +68,13 @@ class CausalSelfAttention(nn.Module):
         self.c_attn = _linear(config.n_embd, 3 * n_head * config.head_dim)
         self.c_proj = _linear(n_head * config.head_dim, config.n_embd)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
         B, T, _ = x.shape
         if self.n_head == 0:
             return self.c_proj.bias.expand_as(x)
         qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
         q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True)
+        y = attend(q, k, v)
         return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
 
 
@@ -101,11 +107,11 @@ class Block(nn.Module):
         self.ln_2 = nn.LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
         if self.pre_norm:
-            x = x + self.attn(self.ln_1(x))
+            x = x + self.attn(self.ln_1(x), attend)
             return x + self.mlp(self.ln_2(x))
-        x = self.ln_1(self.alpha * x + self.attn(x))
+        x = self.ln_1(self.alpha * x + self.attn(x, attend))
         return self.ln_2(self.alpha * x + self.mlp(x))
 
 
@@ -150,14 +156,20 @@ class GPT(nn.Module):
                     module.weight[: 2 * (len(module.weight) // 3)] /= beta
         self.wte.weight[self.config.vocab_size :] = 0
 
-    def hidden(self, idx: Tensor) -> Tensor:
-        """Final hidden states (B, T, C) of token ids (B, T). Raises ValueError beyond block_size."""
+    def hidden(
+        self, idx: Tensor, positions: Tensor | None = None, attends: Sequence[Attend] | None = None
+    ) -> Tensor:
+        """Final hidden states (B, T, C) of token ids (B, T). Raises ValueError beyond block_size.
+
+        A caller whose tokens do not simply follow each other gives their `positions`, (T,) or (B, T) below block_size,
+        and in `attends` what each layer does in place of causal attention.
+        """
         T = idx.shape[1]
-        if T > self.config.block_size:
+        if positions is None and T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens exceeds block_size={self.config.block_size}")
-        x = self.wte(idx) + self.wpe.weight[:T]
-        for block in self.h:
-            x = block(x)
+        x = self.wte(idx) + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
+        for block, attend in zip(self.h, attends or [causal] * len(self.h), strict=True):
+            x = block(x, attend)
         return self.ln_f(x)
 
     def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
