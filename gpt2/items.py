@@ -19,6 +19,7 @@ import tiktoken
 
 from gpt2.files import UserError, atomic_path
 
+ITEMS = Path("data/hellaswag.jsonl")
 ENDINGS = 4
 TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 

@@ -5,12 +5,12 @@ from gpt2.files import UserError
 from gpt2.generate import GenerateConfig
 from gpt2.hardware import HardwareConfig
 from gpt2.heads import HeadsConfig
-from gpt2.hellaswag import HellaswagConfig
 from gpt2.model import GPTConfig, Norm
 from gpt2.norm_study import NormStudyConfig
 from gpt2.params import PARAMS_FILE, REMEDY, SCALES, Config, active_scale, build, load
 from gpt2.prepare import PrepareConfig
 from gpt2.prune import PruneConfig
+from gpt2.scoring import HellaswagConfig
 from gpt2.tokenize import TokenizeConfig
 from gpt2.tokenizer import load_encoding
 from gpt2.tokenizer_study import TokenizerStudyConfig

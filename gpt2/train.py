@@ -23,13 +23,13 @@ from gpt2.dist import Dist, Precision, autocast
 from gpt2.evaluate import mean_loss
 from gpt2.files import UserError
 from gpt2.heartbeat import Heartbeat
-from gpt2.hellaswag import evaluate_benchmark
 from gpt2.interrupt import Interrupt
 from gpt2.items import Benchmark
 from gpt2.layers import activation_norms, gradient_norms
 from gpt2.model import GPT
 from gpt2.optim import OptimConfig, Together, build_optimizer, lr_at
 from gpt2.rows import TABLES, RowFiles, Rows, read_rows
+from gpt2.scoring import evaluate_benchmark
 from gpt2.stability import DivergenceWatch
 
 # Validation windows on which activations are measured.

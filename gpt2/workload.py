@@ -10,7 +10,6 @@ from gpt2.checkpoint import KEPT
 from gpt2.generate import GenerateConfig
 from gpt2.hardware import HardwareConfig
 from gpt2.heads import HeadsConfig
-from gpt2.hellaswag import HellaswagConfig
 from gpt2.items import ENDINGS, PROTOCOLS
 from gpt2.loss import CHUNK_BYTES
 from gpt2.machine import Machine
@@ -20,6 +19,7 @@ from gpt2.params import load
 from gpt2.prepare import PrepareConfig
 from gpt2.prune import CLAIMED_SHARE, PruneConfig
 from gpt2.schema import SECTIONS
+from gpt2.scoring import HellaswagConfig
 from gpt2.shape import ModelShape
 from gpt2.tokenize import TokenizeConfig
 from gpt2.tokenizer_study import TokenizerStudyConfig

@@ -6,8 +6,8 @@ from gpt2.dist import setup_device
 from gpt2.evaluate import require_fit
 from gpt2.files import write_csv, write_json
 from gpt2.hardware import HardwareConfig
-from gpt2.hellaswag import HellaswagConfig, evaluate_benchmark
 from gpt2.items import PROTOCOLS, load_benchmark
+from gpt2.scoring import HellaswagConfig, evaluate_benchmark
 from gpt2.shards import TokenSet
 from gpt2.stage import Stage
 from gpt2.weights import load_model

@@ -9,11 +9,11 @@ from gpt2.data import TrainOrder, eval_windows
 from gpt2.dist import Dist, distributed, make_deterministic
 from gpt2.files import write_csv, write_json
 from gpt2.hardware import HardwareConfig
-from gpt2.hellaswag import HellaswagConfig
 from gpt2.interrupt import ending_torchrun
 from gpt2.items import load_benchmark
 from gpt2.model import GPT, GPTConfig
 from gpt2.rows import TABLES
+from gpt2.scoring import HellaswagConfig
 from gpt2.shards import TokenSet
 from gpt2.stage import Stage
 from gpt2.train import Evaluation, TrainConfig, fit

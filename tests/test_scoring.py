@@ -8,9 +8,9 @@ import torch
 
 from gpt2.dist import Dist
 from gpt2.files import UserError
-from gpt2.hellaswag import accuracy, evaluate_benchmark, predictions, score_rows
 from gpt2.items import PROTOCOLS, Benchmark, TokenizedItems, tokenize_items
 from gpt2.model import GPT, GPTConfig
+from gpt2.scoring import accuracy, evaluate_benchmark, predictions, score_rows
 from gpt2.tokenizer import load_encoding
 from tests.analysed import BLOCK_SIZE, VOCAB_SIZE, make_model
 
@@ -24,9 +24,19 @@ def make_rows(lengths: list[int], ending_tokens: list[int], seed: int = 0) -> To
     return TokenizedItems(tokens, np.cumsum([0, *lengths]), np.array(ending_tokens), chars)
 
 
+def share(rows: TokenizedItems, shared: list[int]) -> TokenizedItems:
+    """The rows with the first tokens of each item's first row, so many of them, in its other rows too."""
+    tokens = rows.tokens.copy()
+    for item, count in enumerate(shared):
+        first, *others = rows.offsets[4 * item : 4 * item + 4]
+        for other in others:
+            tokens[other : other + count] = tokens[first : first + count]
+    return TokenizedItems(tokens, rows.offsets, rows.ending_tokens, rows.ending_chars)
+
+
 @pytest.fixture
 def rows() -> TokenizedItems:
-    """Rows of many lengths; a quarter of them are longer than the context."""
+    """Rows of many lengths that share nothing; a quarter of them are longer than the context."""
     rng = np.random.default_rng(1)
     endings = rng.integers(1, 8, 4 * N_ITEMS)
     lengths = endings + rng.integers(1, BLOCK_SIZE + 8, 4 * N_ITEMS)
@@ -56,6 +66,29 @@ def test_scores_equal_those_of_one_row_at_a_time(rows, norm, batch_tokens):
     assert (found.shape, found.dtype) == ((N_ITEMS, 4), np.float64)
     # Sums of up to seven fp32 losses of order five.
     np.testing.assert_allclose(found, score_one_by_one(model, rows), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+def test_rows_that_begin_alike_are_scored_as_if_alone(norm, batch_tokens):
+    model = make_model(norm)
+    # In turn: nothing shared, the context, the context and part of the endings, a whole row, four equal rows.
+    lengths = [9, 12, 10, 11, 20, 14, 25, 16, 15, 18, 16, 24, 10, 12, 14, 16, 17, 17, 17, 17]
+    endings = [3, 6, 4, 5, 8, 2, 13, 4, 5, 8, 6, 14, 2, 4, 6, 8, 9, 9, 9, 9]
+    rows = share(make_rows(lengths, endings), [0, 12, 13, 10, 17])
+    expected = score_one_by_one(model, rows)
+    np.testing.assert_allclose(score_rows(model, rows, batch_tokens), expected, rtol=0, atol=2e-5)
+    assert np.ptp(expected[-1]) == 0 < np.ptp(expected[:-1], axis=1).min()
+
+
+def test_what_the_rows_of_an_item_share_is_read_once(monkeypatch):
+    model = make_model()
+    read = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, *given: read.append(idx.shape) or hidden(idx, *given))
+    score_rows(model, share(make_rows([21] * 8, [5] * 8), [16, 16]), 1000)
+    # Of each item the 16 tokens of the context and four times the first four of five.
+    assert read == [(2, 16 + 4 * 4)]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -126,7 +159,9 @@ def test_the_longest_ending_leaves_one_token_of_context():
 @pytest.mark.parametrize(("length", "n_ending"), [(BLOCK_SIZE + 5, BLOCK_SIZE + 1), (6, 6)])
 def test_an_ending_that_leaves_no_context_is_refused_with_its_item(length, n_ending):
     rows = make_rows([10] * 6 + [length] + [10], [3] * 6 + [n_ending] + [3])
-    with pytest.raises(UserError, match=rf"item 1, ending 2 has {n_ending} tokens, .*block_size={BLOCK_SIZE}; remove"):
+    with pytest.raises(
+        UserError, match=rf"hellaswag.jsonl, line 2: ending 2 has {n_ending} tokens, .*block_size={BLOCK_SIZE}; remove"
+    ):
         score_rows(make_model(), rows, 100)
 
 
