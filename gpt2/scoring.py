@@ -162,11 +162,17 @@ def accuracy(chosen: np.ndarray, labels: np.ndarray) -> tuple[float, float]:
 
 def evaluate_benchmark(
     model: GPT, benchmark: Benchmark, protocol: str, batch_tokens: int, dist: Dist | None = None
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Figures of one protocol (`completion_acc`, `completion_acc_stderr`, …) and its predictions (see above)."""
+) -> tuple[dict[str, float], dict[str, list]]:
+    """Figures of one protocol (`completion_acc`, `completion_acc_stderr`, …), and columns with an entry for each item.
+
+    The columns are the log-probability of each ending (`completion_logprob_0`, … in nats) and the endings chosen
+    (`completion_acc`, `completion_acc_norm`).
+    """
     rows = benchmark.protocols[protocol]
-    chosen = predictions(protocol, score_rows(model, rows, batch_tokens, dist), rows)
+    scores = score_rows(model, rows, batch_tokens, dist)
+    columns = {f"{protocol}_logprob_{ending}": scores[:, ending].tolist() for ending in range(ENDINGS)}
     figures = {}
-    for kind, choice in chosen.items():
+    for kind, choice in predictions(protocol, scores, rows).items():
         figures[f"{protocol}_{kind}"], figures[f"{protocol}_{kind}_stderr"] = accuracy(choice, benchmark.labels)
-    return figures, chosen
+        columns[f"{protocol}_{kind}"] = choice.tolist()
+    return figures, columns

@@ -27,9 +27,9 @@ def main() -> None:
         figures: dict[str, float] = {"items": len(benchmark.labels)}
         columns = {"item": range(len(benchmark.labels)), "label": benchmark.labels.tolist()}
         for protocol in PROTOCOLS:
-            measured, chosen = evaluate_benchmark(model, benchmark, protocol, config.batch_tokens)
+            measured, of_items = evaluate_benchmark(model, benchmark, protocol, config.batch_tokens)
             figures |= measured
-            columns |= {f"{protocol}_{kind}": choice.tolist() for kind, choice in chosen.items()}
+            columns |= of_items
         write_csv(SCORES, list(columns), zip(*columns.values(), strict=True))
         write_json(METRICS, figures)
 

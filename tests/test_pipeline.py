@@ -36,10 +36,10 @@ LAYERS = {
     "leaf": "files params stage hardware shape dist shards loss stability interrupt heartbeat rows markup machine "
     "units",
     "core": "model layers weights checkpoint optim data tokenizer items corpus docstrings sources",
-    "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate hellaswag train "
+    "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
     "train_results norm_study generate heads redundancy criteria prune frontier",
     "whole": "schema volume workload forecast storage preflight check",
-    "report": "results measures claims studies figures report plots_page status",
+    "report": "hellaswag results measures claims studies figures report plots_page status",
 }
 HEIGHTS = {module: height for height, modules in enumerate(LAYERS.values()) for module in modules.split()}
 TEXT_STAGES = ("prepare", "benchmark", "tokenize", "tokenizer-study")

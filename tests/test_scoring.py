@@ -114,10 +114,12 @@ def test_text_is_scored_as_by_hand_under_each_protocol(protocol):
     rows = benchmark.protocols[protocol]
     expected = score_one_by_one(model, rows)
     np.testing.assert_allclose(score_rows(model, rows, 64), expected, rtol=1e-5)
-    figures, chosen = evaluate_benchmark(model, benchmark, protocol, 64)
+    figures, columns = evaluate_benchmark(model, benchmark, protocol, 64)
     length = {"completion": rows.ending_tokens, "harness": rows.ending_chars}[protocol].reshape(4, 4)
-    assert chosen["acc"].tolist() == expected.argmax(1).tolist()
-    assert chosen["acc_norm"].tolist() == (expected / length).argmax(1).tolist()
+    chosen = {"acc": expected.argmax(1), "acc_norm": (expected / length).argmax(1)}
+    assert {kind: columns[f"{protocol}_{kind}"] for kind in chosen} == {k: v.tolist() for k, v in chosen.items()}
+    logprobs = np.transpose([columns[f"{protocol}_logprob_{ending}"] for ending in range(4)])
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-5)
     right = {kind: (choice == np.arange(4)).mean() for kind, choice in chosen.items()}
     assert (figures[f"{protocol}_acc"], figures[f"{protocol}_acc_norm"]) == (right["acc"], right["acc_norm"])
     assert figures.keys() == {f"{protocol}_{kind}{end}" for kind in right for end in ("", "_stderr")}
@@ -189,6 +191,6 @@ def test_a_model_that_knows_the_endings_has_no_errors(rows):
     model = make_model()
     scores = score_rows(model, rows, 100)
     benchmark = Benchmark(scores.argmax(1), {"completion": rows})
-    figures, chosen = evaluate_benchmark(model, benchmark, "completion", 100)
+    figures, columns = evaluate_benchmark(model, benchmark, "completion", 100)
     assert (figures["completion_acc"], figures["completion_acc_stderr"]) == (1.0, 0.0)
-    assert chosen["acc"].tolist() == benchmark.labels.tolist()
+    assert columns["completion_acc"] == benchmark.labels.tolist()
