@@ -18,7 +18,6 @@ softmax, norms, GELU, the optimizer or memory traffic, so that 100 % is out of r
 import argparse
 import json
 import os
-import platform
 import select
 import shutil
 import subprocess
@@ -29,6 +28,7 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
+from bench.machine import describe_processor
 from gpt2.files import UserError, write_text
 from gpt2.hardware import HardwareConfig
 from gpt2.params import load, read
@@ -126,14 +126,9 @@ def tabulate(rows: Sequence[Row], peak: dict) -> str:
 
 
 def describe_run(threads: int, argv: Sequence[str]) -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    named = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
-    model = named.get("model name") or platform.processor()
-    family = f", family {named['cpu family']}, model {named['model']}" if "cpu family" in named else ""
     command = " ".join(["python -m bench", *argv])
     return (
-        f"# Training throughput on the CPU\n\n{date.today()}, {model}{family}, {threads} threads; the fastest of "
+        f"# Training throughput on the CPU\n\n{date.today()}, {describe_processor(threads)}; the fastest of "
         f"{ROUNDS} interleaved rounds of {STEPS} steps, after a warm-up.\n\n```\n{command}\n```\n\n"
     )
 

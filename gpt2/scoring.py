@@ -42,7 +42,7 @@ def score_rows(model: GPT, rows: TokenizedItems, batch_tokens: int, dist: Dist |
     longer.
     """
     device = model.wte.weight.device
-    items = _Items(rows, model.config.block_size)
+    items = ItemSequences(rows, model.config.block_size)
     # Items of like length share a batch, the longest first so that running out of memory shows at once.
     order = np.argsort(-items.width, kind="stable")
     if dist is not None:
@@ -77,8 +77,11 @@ def _batches(order: np.ndarray, width: np.ndarray, batch_tokens: int) -> list[np
     return batches
 
 
-class _Items:
-    """Rows cut to the context, and what those of an item share. A row's last token is only predicted, not read."""
+class ItemSequences:
+    """Rows cut to the context, and what those of an item share. A row's last token is only predicted, not read.
+
+    Raises UserError if an ending leaves no context.
+    """
 
     def __init__(self, rows: TokenizedItems, block_size: int):
         self.tokens = rows.tokens
@@ -95,6 +98,7 @@ class _Items:
             )
         self.shared = self._shared_tokens()
         self.own = self.read - self.shared[:, None]
+        # Of an item's one sequence, (N,).
         self.width = -(-(self.shared + self.own.sum(1)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
     def _shared_tokens(self) -> np.ndarray:

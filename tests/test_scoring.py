@@ -15,6 +15,8 @@ from gpt2.tokenizer import load_encoding
 from tests.analysed import BLOCK_SIZE, VOCAB_SIZE, make_model
 
 N_ITEMS = 7
+# Items of HellaSwag's validation split.
+N_FULL = 10042
 
 
 def make_rows(lengths: list[int], ending_tokens: list[int], seed: int = 0) -> TokenizedItems:
@@ -142,6 +144,57 @@ def test_parts_of_all_processes_add_up_to_the_whole(rows, world_size):
     # Each row is scored by one process; batches of other rows round differently.
     assert (sum((part != 0).astype(int) for part in parts) == 1).all()
     np.testing.assert_allclose(sum(parts), whole, rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def full() -> tuple[TokenizedItems, np.ndarray]:
+    """As many items as HellaSwag has, with a shared context each, and their scores."""
+    rng = np.random.default_rng(2)
+    context = rng.integers(1, 5, N_FULL)
+    endings = rng.integers(1, 4, 4 * N_FULL)
+    rows = share(make_rows((np.repeat(context, 4) + endings).tolist(), endings.tolist()), context.tolist())
+    return rows, score_rows(make_model(), rows, 4096)
+
+
+def assert_chosen_alike(rows: TokenizedItems, scores: np.ndarray, expected: np.ndarray) -> None:
+    for protocol in PROTOCOLS:
+        found, wanted = (predictions(protocol, of, rows) for of in (scores, expected))
+        assert all((found[kind] == wanted[kind]).all() for kind in wanted)
+
+
+def test_three_processes_choose_the_endings_that_one_chooses(full):
+    rows, expected = full
+    processes = [Process(rank, rank, 3, torch.device("cpu")) for rank in range(3)]
+    parts = [score_rows(make_model(), rows, 4096, process) for process in processes]
+    assert sorted((part != 0).all(1).sum() for part in parts) == [N_FULL // 3, N_FULL // 3, N_FULL // 3 + 1]
+    assert_chosen_alike(rows, sum(parts), expected)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64 * 16])
+def test_items_alone_or_64_at_a_time_get_the_same_endings(full, batch_tokens):
+    rows, expected = full
+    n = 1000
+    some = Benchmark(np.zeros(N_FULL), {"completion": rows}).first(n).protocols["completion"]
+    scores = score_rows(make_model(), some, batch_tokens)
+    np.testing.assert_allclose(scores, expected[:n], rtol=0, atol=2e-5)
+    assert_chosen_alike(some, scores, expected[:n])
+
+
+def test_the_order_of_the_items_changes_nothing(full):
+    rows, expected = full
+    n = 500
+    some = Benchmark(np.zeros(N_FULL), {"completion": rows}).first(n).protocols["completion"]
+    backwards = np.arange(4 * n).reshape(n, 4)[::-1].ravel()
+    pieces = np.split(some.tokens, some.offsets[1:-1])
+    turned = TokenizedItems(
+        np.concatenate([pieces[row] for row in backwards]),
+        np.cumsum([0, *(len(pieces[row]) for row in backwards)]),
+        some.ending_tokens[backwards],
+        some.ending_chars[backwards],
+    )
+    scores = score_rows(make_model(), turned, 4096)[::-1]
+    np.testing.assert_allclose(scores, expected[:n], rtol=0, atol=2e-5)
+    assert_chosen_alike(some, scores, expected[:n])
 
 
 def test_a_context_too_long_loses_tokens_on_the_left():
