@@ -156,9 +156,7 @@ class GPT(nn.Module):
                     module.weight[: 2 * (len(module.weight) // 3)] /= beta
         self.wte.weight[self.config.vocab_size :] = 0
 
-    def hidden(
-        self, idx: Tensor, positions: Tensor | None = None, attends: Sequence[Attend] | None = None
-    ) -> Tensor:
+    def hidden(self, idx: Tensor, positions: Tensor | None = None, attends: Sequence[Attend] | None = None) -> Tensor:
         """Final hidden states (B, T, C) of token ids (B, T). Raises ValueError beyond block_size.
 
         A caller whose tokens do not simply follow each other gives their `positions`, (T,) or (B, T) below block_size,
