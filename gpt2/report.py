@@ -92,11 +92,8 @@ def _list_claims(rows: Sequence[Row]) -> str:
 
 
 def _describe_making(results: Results) -> str:
-    origin = (
-        f"loaded from {studies.name_origin(results)}, not trained here"
-        if results.loaded_from
-        else "trained from scratch"
-    )
+    loaded = results.loaded_from
+    origin = f"loaded from {studies.name_origin(results)}, not trained here" if loaded else "trained from scratch"
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     settings = [
         (f"`{section}.{key}`", f"`{value}`")

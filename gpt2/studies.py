@@ -25,7 +25,8 @@ def describe_training(results: Results, figures: Mapping[str, str]) -> str:
     """Loss and benchmark along training."""
     losses = results.table("train/eval.csv", ["val_loss"])["val_loss"].dropna()
     last, entropy = results.value("train.val_loss"), results.value("train.unigram_entropy")
-    from_entropy = f"{number(abs(entropy - last))} {'below' if last < entropy else 'above'} the unigram entropy of the training tokens"
+    side = "below" if last < entropy else "above"
+    from_entropy = f"{number(abs(entropy - last))} {side} the unigram entropy of the training tokens"
     path = f"went from {number(losses.iloc[0])} to {number(last)}" if len(losses) > 1 else f"is {number(last)}"
     made = results.setting("benchmark", "source") == "heldout"
     benchmark = "The benchmark asks HellaSwag's question of passages from held-out documents." if made else ""

@@ -167,7 +167,7 @@ def fit(
 
 
 def measure_loaded(model: GPT, evaluation: Evaluation, dist: Dist) -> TrainResult:
-    """The result of no step: the evaluation of weights that were loaded. Raises UserError if their loss is no number."""
+    """The result of no step: an evaluation of loaded weights. Raises UserError if their loss is not finite."""
     result = TrainResult()
     with result.timing("eval"):
         measured = evaluation.measure(model, dist)
