@@ -129,14 +129,17 @@ class _Hub:
         try:
             path = Path(hf_hub_download(self.name, file, revision=self.commit or self._revision))
         except LocalEntryNotFoundError as error:
-            self.unavailable = f"; {' '.join(str(error).split())}"
+            self.unavailable = (
+                " in the cache, and the hub cannot be asked: unset HF_HUB_OFFLINE, or check the network and HF_ENDPOINT "
+                f"({_one_line(error)})"
+            )
             return None
         except EntryNotFoundError:
             return None
         except (OSError, ValueError) as error:
             raise UserError(
                 f"train.init_from: {self._named()} is no folder here and cannot be read from the hub "
-                f"({' '.join(str(error).split())}); mend the name or the revision, log in (hf auth login) if the "
+                f"({_one_line(error)}); mend the name or the revision, log in (hf auth login) if the "
                 "repository is private, or download it and give the folder"
             ) from error
         # …/snapshots/<commit>/<file>
@@ -148,6 +151,10 @@ class _Hub:
 
     def _named(self) -> str:
         return f"{self.name}@{self._revision}" if self._revision else self.name
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(str(error).split()).rstrip(".")
 
 
 def _open(source: str) -> _Folder | _Hub:
