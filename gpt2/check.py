@@ -66,10 +66,13 @@ def examine(values: dict, scale: str, machine: Machine) -> Report:
 
 
 def _check_machine(plan: Plan, machine: Machine, processes: int, estimates: Sequence[Estimate]) -> list[Finding]:
-    compiler = [preflight.check_compiler(machine.device_type)] if plan.train.compile else []
+    trained = not plan.train.init_from
+    compiler = [preflight.check_compiler(machine.device_type)] if plan.train.compile and trained else []
+    weights = [] if trained else [preflight.check_weights(plan)]
     return [
         preflight.check_gpus(plan, machine, estimates),
         *compiler,
+        *weights,
         preflight.check_batch(plan, processes),
         preflight.check_cores(plan, machine),
         preflight.check_memory(plan, machine, estimates),

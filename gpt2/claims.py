@@ -18,7 +18,8 @@ class Claim:
     """A sentence of the reference and its test.
 
     `rule` names the metrics and the bound, `check` measures and applies it. `scales` are those whose size and corpus
-    let the rule be tested. `study` is the section of the report that discusses it (`run`: none).
+    let the rule be tested. `study` is the section of the report that discusses it (`run`: none). `of_training` says
+    that only weights that were trained in this run can test it.
     """
 
     study: Literal["run", "training", "norms", "vocabularies", "heads", "pruning"]
@@ -26,6 +27,7 @@ class Claim:
     rule: str
     check: Callable[[Results], Finding]
     scales: tuple[str, ...] = ("tiny", "short", "full")
+    of_training: bool = False
 
 
 @dataclass(frozen=True)
@@ -40,9 +42,11 @@ class Row:
 def judge(claim: Claim, results: Results) -> Row:
     """Measure one claim and give the verdict.
 
-    It is untested where the scale is not made to test it or the figures cannot say; the measured text gives the reason.
-    Raises UserError naming file and key if a metric is missing.
+    It is untested where the scale is not made to test it, the weights were not trained here, or the figures cannot say;
+    the measured text gives the reason. Raises UserError naming file and key if a metric is missing.
     """
+    if claim.of_training and results.loaded_from:
+        return Row(claim, "needs a training run; the weights were loaded", "untested")
     holds, measured = claim.check(results)
     if results.scale not in claim.scales:
         return Row(claim, f"{measured}; needs scale {' or '.join(claim.scales)}", "untested")
@@ -65,6 +69,7 @@ CLAIMS = (
         "`tokens.tokens_train` ≥ 9.5 billion, of FineWeb-Edu",
         measures.measure_corpus,
         scales=("full",),
+        of_training=True,
     ),
     Claim(
         "run",
@@ -77,6 +82,7 @@ CLAIMS = (
         "HellaSwag is held out of training",
         "`tokens.benchmark_items_in_train` = 0",
         measures.measure_held_out,
+        of_training=True,
     ),
     Claim(
         "run",
@@ -85,12 +91,14 @@ CLAIMS = (
         f"`train.tokens_per_step` = {number(measures.REFERENCE_TOKENS_PER_STEP)}",
         measures.measure_steps,
         scales=("full",),
+        of_training=True,
     ),
     Claim(
         "training",
         "The training converges",
         "`train.val_loss` < `train.unigram_entropy`, neither `stalled` nor `diverged`",
         measures.measure_learning,
+        of_training=True,
     ),
     Claim(
         "run",
@@ -98,12 +106,14 @@ CLAIMS = (
         f"`train.val_loss` ≤ {measures.REFERENCE_VAL_LOSS}, that of OpenAI's weights",
         measures.measure_validation_loss,
         scales=("full",),
+        of_training=True,
     ),
     Claim(
         "training",
         "HellaSwag accuracy rises along training",
         "`hellaswag_acc_norm` in train/eval.csv: rank correlation with the step > 0, last ≥ first + 2 standard errors",
         measures.measure_rising,
+        of_training=True,
     ),
     Claim(
         "training",
@@ -116,6 +126,7 @@ CLAIMS = (
         "The windows are shuffled anew in each epoch",
         "`train.windows_in_same_place` ≤ 10 (chance leaves 1 in its place)",
         measures.measure_shuffling,
+        of_training=True,
     ),
     Claim(
         "run",
@@ -210,4 +221,5 @@ TIMED_CLAIM = Claim(
     f"`speed/train.seconds` times `processes` ≤ {measures.REFERENCE_GPU_HOURS} GPU-hours, more than one process",
     measures.measure_gpu_hours,
     scales=("full",),
+    of_training=True,
 )

@@ -21,6 +21,7 @@ from gpt2.forecast import Estimate
 from gpt2.hardware import HardwareConfig
 from gpt2.machine import Machine
 from gpt2.params import PARAMS_FILE
+from gpt2.pretrained import check_source
 from gpt2.schema import check
 from gpt2.storage import Demand, Links, device, nearest
 from gpt2.tokenizer import SHA256, VOCABULARY_PACKAGE, load_encoding
@@ -135,6 +136,8 @@ def check_compiler(device_type: str, which: Callable[[str], str | None] = shutil
 def check_batch(plan: Plan, processes: int) -> Finding:
     """The tokens of a step among the processes, whose number params.yaml does not tell where it says gpu."""
     train, block_size = plan.train, plan.model.block_size
+    if train.init_from:
+        return Finding("batch", OK, "no step is taken: train.init_from gives the weights")
     world = processes * plan.hardware.nnodes
     try:
         passes = train.accumulation(block_size, world)
@@ -143,6 +146,16 @@ def check_batch(plan: Plan, processes: int) -> Finding:
     parts = f"{world} × {passes} × {train.micro_batch} × {block_size}"
     text = f"{train.tokens_per_step:,} tokens a step = {parts} (processes × passes × windows × tokens)"
     return Finding("batch", OK, text)
+
+
+def check_weights(plan: Plan) -> Finding:
+    """The pretrained weights that take the place of training, as far as can be told without the hub."""
+    source = plan.train.init_from
+    try:
+        check_source(source, plan.model, plan.scale)
+    except UserError as error:
+        return Finding("weights", FAIL, str(error))
+    return Finding("weights", OK, f"train.init_from: {source}")
 
 
 def check_cores(plan: Plan, machine: Machine) -> Finding:

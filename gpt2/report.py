@@ -52,7 +52,7 @@ def _summarise(results: Results, rows: Sequence[Row]) -> str:
     return (
         f"# Report: scale `{results.scale}`, norm `{results.norm}`\n\n"
         f"Of {len(rows)} claims of the reference, {counts['passed']} passed, {counts['failed']} failed and "
-        f"{counts['untested']} cannot be tested at this scale."
+        f"{counts['untested']} cannot be tested at this scale{' with loaded weights' if results.loaded_from else ''}."
     )
 
 
@@ -92,8 +92,8 @@ def _list_claims(rows: Sequence[Row]) -> str:
 
 
 def _describe_making(results: Results) -> str:
-    made = results.settings["train"].get("init_from")
-    origin = f"loaded from `{made}`, not trained here" if made else "trained from scratch"
+    loaded = results.loaded_from
+    origin = f"loaded from {studies.name_origin(results)}, not trained here" if loaded else "trained from scratch"
     versions = ", ".join(f"{package} {version(package)}" for package in PACKAGES)
     settings = [
         (f"`{section}.{key}`", f"`{value}`")

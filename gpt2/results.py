@@ -21,6 +21,11 @@ class Results:
     scale: str
     settings: Mapping[str, Mapping]
 
+    @property
+    def loaded_from(self) -> str | None:
+        """Where the weights were loaded from in place of training; None if they were trained."""
+        return self.settings["train"].get("init_from")
+
     def value(self, name: str) -> int | float | str:
         """The metric `file.key`, as in `train.val_loss`. Raises UserError naming file, key and stage if absent."""
         stem, key = name.split(".", 1)
@@ -29,6 +34,11 @@ class Results:
         if key not in values:
             raise UserError(f"{path} lacks the key {key}; run its stage again: dvc repro --force {stage_of(path)}")
         return values[key]
+
+    def has(self, name: str) -> bool:
+        """Whether there is the metric `file.key`."""
+        stem, key = name.split(".", 1)
+        return key in read_json(self.root / "metrics" / f"{stem}.json")
 
     def speed(self, stage: str) -> dict[str, float]:
         """Seconds, memory and rates that a stage measured of itself."""

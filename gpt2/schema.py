@@ -65,17 +65,27 @@ def check(values: dict) -> None:
         configs = {
             section: attempt(load, section, cls, scaled, **known.get(section, {})) for section, cls in SECTIONS.items()
         }
-        _check_together(scale, configs, attempt)
+        _check_together(scale, values.get("norm"), configs, attempt)
     if faults:
         raise UserError("\n" + "\n".join(faults))
 
 
-def _check_together(scale: str, configs: dict[str, Config | None], attempt) -> None:
+def _check_together(scale: str, norm: object, configs: dict[str, Config | None], attempt) -> None:
     """Rules that span sections, checked where the sections themselves are sound."""
     tokenize, train, model, hardware = (configs[name] for name in ("tokenize", "train", "model", "hardware"))
     if tokenize:
         attempt(load_encoding, tokenize.encoding, place=f"{scale}: ")
-    if train and model and hardware:
+    if train and train.init_from:
+        attempt(_require_preln, train, norm, place=f"{scale}: ")
+    elif train and model and hardware:
         # `gpu` is a number only on the machine that trains.
         on_each = 1 if hardware.nproc == "gpu" else hardware.nproc
         attempt(train.accumulation, model.block_size, on_each * hardware.nnodes, place=f"{scale}: ")
+
+
+def _require_preln(train: TrainConfig, norm: object) -> None:
+    if norm != "preln":
+        raise UserError(
+            f"train.init_from = {train.init_from!r} are weights of a Pre-LN model, norm = {norm!r}; set norm to preln "
+            "or train.init_from to null"
+        )

@@ -25,17 +25,32 @@ def describe_training(results: Results, figures: Mapping[str, str]) -> str:
     """Loss and benchmark along training."""
     losses = results.table("train/eval.csv", ["val_loss"])["val_loss"].dropna()
     last, entropy = results.value("train.val_loss"), results.value("train.unigram_entropy")
+    side = "below" if last < entropy else "above"
+    from_entropy = f"{number(abs(entropy - last))} {side} the unigram entropy of the training tokens"
     path = f"went from {number(losses.iloc[0])} to {number(last)}" if len(losses) > 1 else f"is {number(last)}"
     made = results.setting("benchmark", "source") == "heldout"
     benchmark = "The benchmark asks HellaSwag's question of passages from held-out documents." if made else ""
+    pictures = (
+        f"![Loss against tokens]({figures['loss']})\n\n![Benchmark accuracy against tokens]({figures['benchmark']})"
+    )
+    if results.loaded_from:
+        return (
+            f"No step was taken: the weights were loaded from {name_origin(results)}. Their validation loss is "
+            f"{number(last)} nats per token, {from_entropy}; on as many tokens of the training split it is "
+            f"{number(results.value('train.train_loss'))}. {benchmark}\n\n{pictures}"
+        )
     return (
         f"The validation loss {path} nats per token after {number(results.value('train.tokens_seen'))} tokens, "
-        f"{number(abs(entropy - last))} {'below' if last < entropy else 'above'} the unigram entropy of the training "
-        f"tokens. The largest gradient norm was {number(results.value('train.max_grad_norm'))}, with "
-        f"{number(results.value('train.loss_spikes'))} loss spikes. {benchmark}\n\n"
-        f"![Loss against tokens]({figures['loss']})\n\n![Benchmark accuracy against tokens]({figures['benchmark']})\n\n"
+        f"{from_entropy}. The largest gradient norm was {number(results.value('train.max_grad_norm'))}, with "
+        f"{number(results.value('train.loss_spikes'))} loss spikes. {benchmark}\n\n{pictures}\n\n"
         f"{_tell_layers(results)}![Gradient and activation norm of each layer]({figures['layers']})"
     )
+
+
+def name_origin(results: Results) -> str:
+    """Where loaded weights come from: folder or model of the hub, commit, digest."""
+    commit = f", commit `{results.value('train.init_commit')}`" if results.has("train.init_commit") else ""
+    return f"`{results.value('train.init_from')}`{commit} (sha256 `{results.value('train.init_sha256')}`)"
 
 
 def _tell_layers(results: Results) -> str:

@@ -29,7 +29,7 @@ def load_encoding(name: str = "gpt2") -> tiktoken.Encoding:
     """GPT-2's encoding of 50,257 tokens. Raises UserError if a vocabulary file is absent or altered."""
     if name not in ENCODINGS:
         raise UserError(f"tokenize.encoding = {name!r} must be one of {', '.join(ENCODINGS)}")
-    bpe, encoder = (str(_vocabulary_file(file)) for file in ("vocab.bpe", "encoder.json"))
+    bpe, encoder = (str(vocabulary_file(file)) for file in ("vocab.bpe", "encoder.json"))
     # tiktoken would copy the files into a folder for downloads; an empty name turns that off.
     os.environ["TIKTOKEN_CACHE_DIR"] = ""
     ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe_file=bpe, encoder_json_file=encoder)
@@ -42,7 +42,8 @@ def load_encoding(name: str = "gpt2") -> tiktoken.Encoding:
     )
 
 
-def _vocabulary_file(name: str) -> Path:
+def vocabulary_file(name: str) -> Path:
+    """OpenAI's `vocab.bpe` or `encoder.json`. Raises UserError if it is absent or altered."""
     spec = importlib.util.find_spec(VOCABULARY_PACKAGE)
     remedy = "install the pinned requirements again (make setup)"
     if spec is None or not spec.submodule_search_locations:

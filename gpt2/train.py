@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
-from pydantic import PositiveFloat, PositiveInt, model_validator
+from pydantic import Field, PositiveFloat, PositiveInt, model_validator
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
@@ -43,6 +43,8 @@ log = logging.getLogger(__name__)
 class TrainConfig(OptimConfig):
     """Section `train`."""
 
+    # Weights to load in place of training (see pretrained.py): a Hugging Face folder or hub id; null trains.
+    init_from: str | None = Field(default=None, min_length=1)
     # Length of the run: optimizer steps, or epochs of the training split. One is given, the other null.
     max_steps: PositiveInt | None
     epochs: PositiveFloat | None
@@ -72,6 +74,8 @@ class TrainConfig(OptimConfig):
 
     def in_steps(self, order: TrainOrder) -> "TrainConfig":
         """The same run with its length in steps. Raises UserError if the schedule does not fit that length."""
+        if self.init_from:
+            return self.model_copy(update={"max_steps": 0, "epochs": None})
         if self.epochs is None:
             return self
         steps = max(1, round(self.epochs * order.windows_per_epoch / order.batch_windows))
@@ -83,8 +87,8 @@ class TrainConfig(OptimConfig):
         return self.model_copy(update={"max_steps": steps, "epochs": None})
 
     def batch_windows(self, block_size: int) -> int:
-        """Windows of one step."""
-        return self.tokens_per_step // block_size
+        """Windows of one step; of loaded weights, for which none is taken, one."""
+        return 1 if self.init_from else self.tokens_per_step // block_size
 
     def accumulation(self, block_size: int, world_size: int) -> int:
         """Micro-batches of one step in one process. Raises UserError if the step does not divide into them."""
@@ -160,6 +164,18 @@ def fit(
     with RowFiles(scratch, sizes) if dist.is_main else nullcontext() as run.files, Interrupt() as interrupt:
         run.train(interrupt)
     return run.result
+
+
+def measure_loaded(model: GPT, evaluation: Evaluation, dist: Dist) -> TrainResult:
+    """The result of no step: an evaluation of loaded weights. Raises UserError if their loss is not finite."""
+    result = TrainResult()
+    with result.timing("eval"):
+        measured = evaluation.measure(model, dist)
+    if not math.isfinite(measured[0]):
+        raise UserError(f"the weights of train.init_from have a validation loss of {measured[0]}; load others")
+    log.info("loaded weights: val loss %.4f, benchmark acc %.4f, acc_norm %.4f", *measured)
+    result.rows["eval"].append([0, 0, *measured])
+    return result
 
 
 class _Run:

@@ -122,6 +122,8 @@ class Workload:
     def steps(self) -> int:
         """Optimizer steps of the training run."""
         train, prepare = self.plan.train, self.plan.prepare
+        if train.init_from:
+            return 0
         if train.epochs is None:
             return train.max_steps
         kept = 1 - (prepare.val_percent + prepare.test_percent) / 100

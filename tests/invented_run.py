@@ -225,3 +225,6 @@ def load_weights(root: Path) -> None:
     write_csv(root / "plots/train/train.csv", ("step", "tokens", "loss", "lr", "grad_norm"), [])
     write_csv(root / "plots/train/layers.csv", LAYER_COLUMNS, [])
     write_evaluations(root, [(0, 0, 3.3, 0.28, 0.29)])
+    loaded = {"init_from": "models/openai", "init_sha256": "0123abcd", "train_loss": 3.25, "val_loss": 3.3, "steps": 0}
+    for key, value in loaded.items():
+        set_metric(root, f"train.{key}", value)

@@ -1,0 +1,172 @@
+"""A trained model as a Hugging Face directory, which transformers and what builds on it load without our code.
+
+python -m gpt2.export --model models/gpt2 --out exported
+"""
+
+import argparse
+import hashlib
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import safetensors.torch
+import torch
+from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
+from torch import Tensor
+
+from gpt2.card import write_card
+from gpt2.files import UserError, write_json, write_text
+from gpt2.model import GPT, CausalSelfAttention, GPTConfig
+from gpt2.pretrained import CONFIG, MIN_PIN, PREFIX, WEIGHTS, is_transposed
+from gpt2.tokenizer import END_OF_TEXT, load_encoding, vocabulary_file
+from gpt2.weights import load_model
+
+# Names under which transformers looks for OpenAI's two files.
+TOKENIZER_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
+
+
+def export_model(folder: Path | str, out: Path | str) -> Path:
+    """Write the model of `folder` to the new folder `out`, and return that.
+
+    `out` appears at the end, whole. Removed heads come back as zeros, which compute the same. Raises UserError if the
+    norm is not preln or the vocabulary not GPT-2's, and if `out` is in use.
+    """
+    folder, out = Path(folder), Path(out)
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise UserError(f"--out {out} is in use; name a new folder, or remove it first (rm -r {out})")
+    model = load_model(folder)
+    _require_stock(model.config)
+    temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        temporary.mkdir(parents=True)
+        state = {f"{PREFIX}{name}": tensor for name, tensor in stock_weights(model).items()}
+        safetensors.torch.save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
+        _write_tokenizer(temporary, model.config.block_size)
+        write_text(temporary / "README.md", write_card(model, folder))
+        write_json(temporary / CONFIG, stock_config(model.config))
+        os.replace(temporary, out)
+    except OSError as error:
+        raise UserError(f"--out {out} cannot be written ({error}); make room, or name another folder") from error
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return out
+
+
+def _require_stock(config: GPTConfig) -> None:
+    """Raise UserError if the classes of transformers cannot express the model."""
+    if config.norm != "preln":
+        raise UserError(
+            f"norm={config.norm} cannot be exported: GPT2LMHeadModel has its layer norms before attention and MLP "
+            "(preln) and would compute something else; use this model with gpt2.weights.load_model, or export one "
+            "trained with norm=preln"
+        )
+    encoding = load_encoding()
+    if config.vocab_size != encoding.n_vocab:
+        raise UserError(
+            f"the model has vocab_size={config.vocab_size}, and the tokenizer to export with it, {encoding.name}, has "
+            f"{encoding.n_vocab}; export a model that was trained on tokens of {encoding.name}"
+        )
+
+
+def stock_config(config: GPTConfig) -> dict:
+    """config.json of GPT2LMHeadModel. There is no dropout, as in the training here."""
+    eot_token = load_encoding().eot_token
+    return {
+        "architectures": ["GPT2LMHeadModel"],
+        "model_type": "gpt2",
+        "n_layer": config.n_layer,
+        "n_head": config.n_head,
+        "n_embd": config.n_embd,
+        "n_inner": None,
+        "n_positions": config.block_size,
+        "vocab_size": config.vocab_size,
+        "activation_function": "gelu_new",
+        "layer_norm_epsilon": 1e-5,
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "tie_word_embeddings": True,
+        "attn_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "resid_pdrop": 0.0,
+        "bos_token_id": eot_token,
+        "eos_token_id": eot_token,
+        "torch_dtype": "float32",
+    }
+
+
+def stock_weights(model: GPT) -> dict[str, Tensor]:
+    """Weights in the layout of GPT2Model: Conv1D's (in, out), no rows that pad the vocabulary, all heads.
+
+    lm_head.weight is left out, as GPT2LMHeadModel does when it saves: it is wte.weight.
+    """
+    state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
+    state["wte.weight"] = state["wte.weight"][: model.config.vocab_size]
+    for layer, block in enumerate(model.h):
+        if block.attn.n_head < model.config.n_head:
+            state |= {f"h.{layer}.attn.{name}": tensor for name, tensor in _pad_heads(block.attn, model.config).items()}
+    return {name: (tensor.t() if is_transposed(name) else tensor).contiguous() for name, tensor in state.items()}
+
+
+def _pad_heads(attn: CausalSelfAttention, config: GPTConfig) -> dict[str, Tensor]:
+    """The attention with its removed heads as zeros after those that it has."""
+    removed = config.n_head - attn.n_head
+    parts = {name: tensor.detach().cpu() for name, tensor in attn.state_dict().items()}
+
+    def pad(tensor: Tensor, dim: int, parts: int) -> Tensor:
+        """Add the rows (dim 0) or columns (dim 1) of the removed heads, to each of the `parts` along `dim`."""
+        heads = tensor.unflatten(dim, (parts, attn.n_head, config.head_dim))
+        shape = [*heads.shape]
+        shape[dim + 1] = removed
+        return torch.cat([heads, heads.new_zeros(shape)], dim + 1).flatten(dim, dim + 2)
+
+    # c_attn has queries, keys and values below each other.
+    return {
+        "c_attn.weight": pad(parts["c_attn.weight"], 0, 3),
+        "c_attn.bias": pad(parts["c_attn.bias"], 0, 3),
+        "c_proj.weight": pad(parts["c_proj.weight"], 1, 1),
+    }
+
+
+def _write_tokenizer(folder: Path, block_size: int) -> None:
+    """OpenAI's two files as they are, the same as one tokenizer.json, and what AutoTokenizer needs beside them."""
+    for name, original in TOKENIZER_FILES.items():
+        shutil.copyfile(vocabulary_file(original), folder / name)
+    tokenizer = Tokenizer(models.BPE.from_file(*(str(folder / name) for name in TOKENIZER_FILES)))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(END_OF_TEXT, special=True, normalized=False)])
+    tokenizer.save(str(folder / "tokenizer.json"))
+    special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
+    write_json(folder / "special_tokens_map.json", special)
+    settings = {
+        **special,
+        "tokenizer_class": "GPT2Tokenizer",
+        "model_max_length": block_size,
+        "add_prefix_space": False,
+        # Decoding gives back the text to the letter.
+        "clean_up_tokenization_spaces": False,
+    }
+    write_json(folder / "tokenizer_config.json", settings)
+    eot_token = load_encoding().eot_token
+    write_json(folder / "generation_config.json", {"bos_token_id": eot_token, "eos_token_id": eot_token})
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line above; says where the model went and how to name its content."""
+    parser = argparse.ArgumentParser(prog="python -m gpt2.export", description=__doc__.splitlines()[0])
+    parser.add_argument("--model", type=Path, default=Path("models/gpt2"), help="folder of a trained model")
+    parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
+    arguments = parser.parse_args(argv)
+    try:
+        out = export_model(arguments.model, arguments.out)
+    except UserError as error:
+        raise SystemExit(f"export: {error}") from error
+    pin = hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()[: MIN_PIN + 4]
+    sys.stdout.write(f"{out} holds the model; its content as a starting point is {out}@{pin}\n")
+
+
+if __name__ == "__main__":
+    main()
