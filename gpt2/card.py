@@ -116,9 +116,10 @@ def _tell_training(metrics: Mapping[str, Mapping], recorded: Mapping[str, Mappin
         named = {key: prepare.get(key) for key in ("packages", "path", "dataset", "subset", "revision")}
         given = ", ".join(f"{key} {_list(value)}" for key, value in named.items() if value)
         corpus = f"source `{prepare['source']}`" + (f" ({given})" if given else "") + " as in `dvc.lock`"
+    diverged = f" The run diverged at step {number(train['diverged_at_step'])}." * (train["diverged_at_step"] >= 0)
     return (
         f"From scratch on {corpus}: {number(train['steps'])} steps, {number(train['tokens_seen'])} tokens, "
-        f"{number(train['epochs'])} epochs (`metrics/train.json`)."
+        f"{number(train['epochs'])} epochs (`metrics/train.json`).{diverged}"
     )
 
 

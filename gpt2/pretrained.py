@@ -130,8 +130,8 @@ class _Hub:
             path = Path(hf_hub_download(self.name, file, revision=self.commit or self._revision))
         except LocalEntryNotFoundError as error:
             self.unavailable = (
-                " in the cache, and the hub cannot be asked: unset HF_HUB_OFFLINE, or check the network and HF_ENDPOINT "
-                f"({_one_line(error)})"
+                " in the cache, and the hub cannot be asked: unset HF_HUB_OFFLINE, or check the network and "
+                f"HF_ENDPOINT ({_one_line(error)})"
             )
             return None
         except EntryNotFoundError:

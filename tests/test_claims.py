@@ -6,7 +6,7 @@ from gpt2.claims import CLAIMS, TIMED_CLAIM, Row, judge
 from gpt2.files import write_csv
 from gpt2.measures import rank_correlation, rises
 from gpt2.results import Results
-from tests.invented_run import break_off, invent_run, set_metric, set_norm_study, write_evaluations
+from tests.invented_run import break_off, invent_run, load_weights, set_metric, set_norm_study, write_evaluations
 
 
 def find_row(results: Results, sentence: str) -> Row:
@@ -158,6 +158,22 @@ def test_rank_correlation_is_one_minus_one_and_zero_at_its_ends():
     assert rank_correlation([1, 2, 5]) == pytest.approx(1)
     assert rank_correlation([5, 2, 1]) == pytest.approx(-1)
     assert rank_correlation([2, 2, 2]) == 0
+
+
+def test_loaded_weights_leave_what_needs_training_untested_and_nothing_else(tmp_path):
+    results = invent_run(tmp_path, scale="full")
+    load_weights(tmp_path)
+    # Figures that a run of no step gives, and that would decide the claims falsely.
+    for metric, value in {"train.stalled": 1, "train.windows_in_same_place": 900}.items():
+        set_metric(tmp_path, metric, value)
+    results.settings["train"]["init_from"] = "models/openai"
+    rows = [judge(claim, results) for claim in (*CLAIMS, TIMED_CLAIM)]
+    untested = [row.claim.sentence for row in rows if row.verdict == "untested"]
+    assert untested == [row.claim.sentence for row in rows if "needs a training run" in row.measured]
+    words = ("FineWeb-Edu-10B", "held out", "95,365", "converges", "Reproduces", "rises", "shuffled", "DDP")
+    assert [sentence for sentence in untested if not any(word in sentence for word in words)] == []
+    assert len(untested) == len(words)
+    assert {row.verdict for row in rows} == {"untested", "passed"}
 
 
 def test_an_empty_sample_fails_text_generation(tmp_path):

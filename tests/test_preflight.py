@@ -7,6 +7,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import GPT2Config
 
 from gpt2 import preflight, tokenizer
 from gpt2.forecast import Estimate
@@ -29,6 +30,7 @@ from gpt2.preflight import (
     check_text,
     check_tokenizer,
     check_versions,
+    check_weights,
     free_bytes,
 )
 from gpt2.storage import Demand, Links, disk_demands, find_links, nearest
@@ -168,6 +170,18 @@ def test_compiling_needs_a_compiler(monkeypatch, device_type, variable, name):
     assert check_compiler(device_type, {name: f"/bin/{name}"}.get).mark == OK
     monkeypatch.setenv(variable, "icx")
     assert check_compiler(device_type, {"icx": "/opt/icx"}.get).text.startswith("/opt/icx")
+
+
+def test_loaded_weights_are_held_against_the_model(tmp_path):
+    GPT2Config(n_layer=24, n_head=16, n_embd=1024).save_pretrained(tmp_path)
+    plan = plan_of("full", train__init_from=str(tmp_path))
+    finding = check_weights(plan)
+    assert finding.mark == FAIL
+    assert "-S full.model.n_layer=24 -S full.model.n_head=16 -S full.model.n_embd=1024" in finding.text
+    assert check_weights(plan_of("full", train__init_from="openai-community/gpt2")).mark == OK
+    # No step is taken, so none has to divide.
+    assert check_batch(plan, 7).mark == OK
+    assert Workload(plan, VOLUME, SERVER).steps == 0
 
 
 def test_a_step_divides_among_the_processes():

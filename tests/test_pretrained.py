@@ -3,7 +3,6 @@
 import hashlib
 import json
 import os
-import re
 import shutil
 import subprocess
 import sys
@@ -265,7 +264,7 @@ def test_a_folder_that_cannot_be_read_is_refused_with_a_remedy(folder, damage, m
         load_pretrained(str(folder))
 
 
-@pytest.mark.parametrize("source", ["/absent/folder", "./absent", "a/b/c", "~/x", ""])
+@pytest.mark.parametrize("source", ["/absent/folder", "./absent", "a/b/c", "~/x", "@main"])
 def test_what_is_neither_a_folder_nor_an_id_is_refused_without_a_network(source):
     with pytest.raises(UserError, match="is neither a folder here nor the id of a model on the hub; give a folder"):
         load_pretrained(source)
@@ -319,7 +318,7 @@ def test_a_model_of_the_hub_is_read_by_its_commit_and_again_offline(saved, tmp_p
     assert all(f"/{COMMIT}/" in path for path in asked if path.endswith(WEIGHTS))
     again, other = probe(tmp_path, [REPOSITORY, "someone/else"], HF_HUB_OFFLINE="1")
     assert again == expected
-    assert re.match(r"train\.init_from: someone/else holds no config\.json; .*offline|.*outgoing traffic", other)
+    assert "someone/else holds no config.json in the cache, and the hub cannot be asked: unset HF_HUB_OFFLINE" in other
 
 
 # --- the stage
@@ -382,6 +381,6 @@ def test_weights_that_predict_no_number_are_refused(weights, tmp_path, monkeypat
     huge = shutil.copytree(weights, tmp_path / "huge")
     change_weights(huge, lambda state: state["transformer.wte.weight"].mul_(1e38))
     folder = prepare_folder(tmp_path / "run", train={"init_from": str(huge)})
-    with pytest.raises(SystemExit, match="weights of train.init_from have a validation loss of (nan|inf)"):
+    with pytest.raises(SystemExit, match=r"weights of train\.init_from have a validation loss of (nan|inf)"):
         train_here(folder, monkeypatch)
     assert not (folder / "models").exists()

@@ -157,7 +157,12 @@ def test_loaded_weights_are_told_from_trained_ones(tmp_path):
     assert "trained from scratch" in write_report(results, LINKS)
     load_weights(tmp_path)
     results.settings["train"]["init_from"] = "models/openai"
-    assert "loaded from `models/openai`" in write_report(results, LINKS)
+    text = write_report(results, LINKS)
+    assert text.count("loaded from `models/openai` (sha256 `0123abcd`)") == 2 and "trained from scratch" not in text
+    assert "No step was taken" in text and "loss spikes. " not in text and "cannot be tested at this scale with" in text
+    set_metric(tmp_path, "train.init_commit", "4c0ffee")
+    assert "loaded from `models/openai`, commit `4c0ffee` (sha256" in write_report(results, LINKS)
+    assert not [link for link in FIGURES if link != "layers" and f"{link}.png" not in text]
 
 
 def test_the_report_is_made_without_torch():

@@ -42,6 +42,17 @@ def test_a_misspelt_key_of_any_section_is_named_with_the_right_one(values, scale
         check(values)
 
 
+def test_loaded_weights_need_their_norm_and_no_step_that_divides(values):
+    values["tiny"]["train"] |= {"init_from": "exported", "tokens_per_step": 130}
+    check(values)
+    values["norm"] = "deepnorm"
+    message = (
+        r"\ntiny: train\.init_from = 'exported' are weights of a Pre-LN model, norm = 'deepnorm'; set norm to preln"
+    )
+    with pytest.raises(UserError, match=message):
+        check(values)
+
+
 @pytest.mark.parametrize("section", SECTIONS)
 @pytest.mark.parametrize("scale", SCALES)
 def test_an_absent_section_is_named(values, scale, section):
