@@ -35,7 +35,7 @@ from tests.pipeline import (
 LAYERS = {
     "leaf": "files params stage hardware shape dist shards loss stability interrupt heartbeat rows markup machine "
     "units",
-    "core": "model layers weights checkpoint optim data tokenizer items corpus docstrings sources",
+    "core": "model cache layers weights checkpoint optim data tokenizer items corpus docstrings sources",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate hellaswag train "
     "train_results norm_study generate heads redundancy criteria prune frontier",
     "whole": "schema volume workload forecast storage preflight check",
