@@ -1,16 +1,27 @@
-"""Text from a trained model.
+"""Text from a trained model, by a cache of keys and values.
 
-python -m gpt2.generate --model models/gpt2 --prompt "The array" --max_tokens 50 --num_seq 5
+    python -m gpt2.generate --model models/gpt2 --prompt "The array" --max_tokens 50 --num_seq 5
+
+    from gpt2.generate import generate
+    texts = generate("models/gpt2", "The array", max_tokens=50, num_seq=5)
+
+The position embeddings are learned and absolute (Radford et al. 2019), so the keys and values of a window that slides
+by one token would all change. Instead, a context that is full loses its older half, and the rest passes the model
+again: `window_start`.
 """
 
 import argparse
+import codecs
+import os
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
+from gpt2.cache import Cache
 from gpt2.files import UserError
 from gpt2.model import GPT
 from gpt2.params import Config, build
@@ -31,7 +42,7 @@ class SamplingConfig(Config):
     top_k: NonNegativeInt = 50
     # Only the likeliest tokens that together have this probability.
     top_p: PositiveFloat = Field(default=1.0, le=1)
-    seed: int = 1337
+    seed: int = Field(default=1337, ge=0, lt=2**63)
 
 
 class GenerateConfig(SamplingConfig):
@@ -40,61 +51,133 @@ class GenerateConfig(SamplingConfig):
     prompts: tuple[str, ...] = Field(min_length=1)
 
 
-@torch.no_grad()
-def generate(model: GPT, prompt: Tensor, sampling: SamplingConfig, eot_token: int) -> list[list[int]]:
-    """Continue `prompt` (T,) of token ids `num_seq` times; return the new ids of each, the end-of-text token left out.
+def window_start(n_tokens: int, block_size: int) -> int:
+    """The first of `n_tokens` tokens, prompt included, that the model sees when it predicts the next one.
 
-    Beyond the context the window slides: the model sees the last block_size tokens. Ids that pad the vocabulary are
-    never drawn. The same seed gives the same text.
+    All are seen up to block_size. Each time that there is one more than fits, the oldest half of the context goes: the
+    start is the smallest multiple of half the context with at most block_size tokens behind it. With 1024 positions,
+    1024 tokens are seen whole, and of 1025 the last 513.
     """
-    generator = torch.Generator().manual_seed(sampling.seed)
-    idx = prompt.expand(sampling.num_seq, -1).to(model.wte.weight.device)
-    done = torch.zeros(sampling.num_seq, dtype=torch.bool)
-    for _ in range(sampling.max_tokens):
-        hidden = model.hidden(idx[:, -model.config.block_size :])[:, -1]
-        logits = hidden @ model.wte.weight[: model.config.vocab_size].t()
-        chosen = _draw(logits.float().cpu(), sampling, generator)
-        idx = torch.cat([idx, chosen.to(idx.device)], dim=1)
-        done |= chosen.squeeze(1) == eot_token
-        if done.all():
-            break
-    return [_until(row, eot_token) for row in idx[:, len(prompt) :].tolist()]
+    half = (block_size + 1) // 2
+    return half * max(0, -(-(n_tokens - block_size) // half))
 
 
-def _draw(logits: Tensor, sampling: SamplingConfig, generator: torch.Generator) -> Tensor:
-    """One token id for each row of logits (B, V), shape (B, 1)."""
+@torch.no_grad()
+def draw_tokens(model: GPT, prompt: Tensor, sampling: SamplingConfig, eot_token: int) -> Iterator[dict[int, int]]:
+    """Continue `prompt` (T,) of token ids `num_seq` times; yield the next token of each sequence, by its number.
+
+    A sequence that drew the end-of-text token is left out from there on, and costs nothing any more. Ids that pad the
+    vocabulary are never drawn. Each sequence has random numbers of its own, which depend on the seed and its number
+    alone: neither more sequences nor more tokens change what it says (but for the rounding of products of another
+    size, which decides where two tokens are as good as equal).
+    """
+    sequences, generators = list(range(sampling.num_seq)), _generators(sampling)
+    cache, start = Cache(model, sampling.num_seq), None
+    # One row until the first draw, since the prompt is the same for all.
+    idx = prompt[None].to(model.wte.weight.device)
+    for n_tokens in range(len(prompt), len(prompt) + sampling.max_tokens):
+        start, before = window_start(n_tokens, model.config.block_size), start
+        hidden = cache.extend(idx[:, -1:]) if start == before else cache.begin(idx[:, start:])
+        logits = _logits(model, hidden).expand(len(sequences), -1)
+        chosen = _draw(logits, sampling, [generators[sequence] for sequence in sequences])
+        idx = torch.cat([idx.expand(len(sequences), -1), chosen[:, None].to(idx.device)], dim=1)
+        going = (chosen != eot_token).nonzero().flatten()
+        if len(going) < len(sequences):
+            sequences, chosen = [sequences[row] for row in going.tolist()], chosen[going]
+            idx = idx[going.to(idx.device)]
+            cache.keep(going.to(idx.device))
+        if not sequences:
+            return
+        yield dict(zip(sequences, chosen.tolist(), strict=True))
+
+
+def _generators(sampling: SamplingConfig) -> list[torch.Generator]:
+    """Random numbers for each sequence, on the CPU, so that they are the same for every device."""
+    seeds = torch.Generator().manual_seed(sampling.seed)
+    return [
+        torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=seeds)))
+        for _ in range(sampling.num_seq)
+    ]
+
+
+def _logits(model: GPT, hidden: Tensor) -> Tensor:
+    """Logits (B, V) on the CPU for hidden states (B, C)."""
+    # In this order the product of the large matrix with a few columns takes half the time on a CPU.
+    return (model.wte.weight[: model.config.vocab_size] @ hidden.t()).t().float().cpu()
+
+
+def _draw(logits: Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> Tensor:
+    """One token id for each row of logits (B, V), shape (B,)."""
     if sampling.temperature == 0:
-        return logits.argmax(-1, keepdim=True)
+        return logits.argmax(-1)
+    ids = torch.arange(logits.shape[-1]).expand_as(logits)
     if sampling.top_k:
-        kept = logits.topk(min(sampling.top_k, logits.shape[-1])).values
-        logits = logits.masked_fill(logits < kept[:, -1:], -torch.inf)
-    probabilities = torch.softmax(logits / sampling.temperature, -1)
+        # In the order of ids: which random number meets which token may not depend on the last bit of a logit.
+        ids = logits.topk(min(sampling.top_k, logits.shape[-1])).indices.sort().values
+    probabilities = torch.softmax(logits.gather(-1, ids) / sampling.temperature, -1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         # A token goes if those before it already have the mass; the likeliest one always stays.
         ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    return torch.multinomial(probabilities, 1, generator=generator)
+    drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
+    return ids.gather(-1, torch.stack(drawn)).squeeze(-1)
 
 
-def _until(ids: list[int], eot_token: int) -> list[int]:
-    return ids[: ids.index(eot_token)] if eot_token in ids else ids
+def stream(model: GPT | Path | str, prompt: str = "", **sampling) -> Iterator[tuple[int, str]]:
+    """Yield (number of the sequence from 0, text) as the text is drawn; the texts of a number make its continuation.
+
+    `model` is a model or the folder of one, which goes to the GPU if there is one; `sampling` are the fields of
+    SamplingConfig. An empty prompt starts a document. No character is yielded before all its bytes are drawn; bytes
+    that are no UTF-8, as at a cut by max_tokens, become U+FFFD. Raises UserError for a setting that cannot be, a folder
+    without a model, or a model with another vocabulary than GPT-2's, before anything is drawn.
+    """
+    settings = build(SamplingConfig, sampling, "generate")
+    model = model if isinstance(model, GPT) else load_for_generation(Path(model))
+    return _pieces(model, encode_prompt(model, prompt), settings)
 
 
-def generate_text(model: GPT, prompt: str, sampling: SamplingConfig, encoding_name: str = "gpt2") -> list[str]:
-    """Continuations of `prompt` as text. An empty prompt starts a document."""
-    encoding = load_encoding(encoding_name)
+def _pieces(model: GPT, prompt: list[int], sampling: SamplingConfig) -> Iterator[tuple[int, str]]:
+    encoding = load_encoding()
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(sampling.num_seq)]
+    for drawn in draw_tokens(model, torch.tensor(prompt), sampling, encoding.eot_token):
+        for number, token in drawn.items():
+            if piece := decoders[number].decode(encoding.decode_single_token_bytes(token)):
+                yield number, piece
+    for number, decoder in enumerate(decoders):
+        if piece := decoder.decode(b"", final=True):
+            yield number, piece
+
+
+def generate(model: GPT | Path | str, prompt: str = "", **sampling) -> list[str]:
+    """The `num_seq` continuations of `prompt`, without it. Arguments and errors are those of `stream`."""
+    texts = [""] * build(SamplingConfig, sampling, "generate").num_seq
+    for number, piece in stream(model, prompt, **sampling):
+        texts[number] += piece
+    return texts
+
+
+def load_for_generation(folder: Path) -> GPT:
+    """The model of a folder on the device that is there."""
+    return load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
+
+
+def encode_prompt(model: GPT, prompt: str) -> list[int]:
+    """Token ids of `prompt`, an end-of-text token if it is empty.
+
+    Raises UserError if the model has another vocabulary than GPT-2's.
+    """
+    encoding = load_encoding()
     if encoding.n_vocab != model.config.vocab_size:
         raise UserError(
-            f"the model has vocab_size={model.config.vocab_size}, encoding {encoding_name} has {encoding.n_vocab}; "
-            "generate with the encoding it was trained with"
+            f"the model has vocab_size={model.config.vocab_size}, encoding {encoding.name} has {encoding.n_vocab}; "
+            "generate with a model that was trained with this encoding"
         )
-    ids = torch.tensor(encoding.encode_ordinary(prompt) or [encoding.eot_token])
-    return [encoding.decode(row) for row in generate(model, ids, sampling, encoding.eot_token)]
+    return encoding.encode_ordinary(prompt) or [encoding.eot_token]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """The command line above; prints prompt and continuation of each sequence."""
+    """The command line above: writes prompt and continuation of each sequence, the first one as it is drawn."""
     parser = argparse.ArgumentParser(prog="python -m gpt2.generate", description="Continue a prompt.")
     parser.add_argument("--model", type=Path, default=Path("models/gpt2"), help="folder of a trained model")
     parser.add_argument("--prompt", default="", help="text to continue; none starts a document")
@@ -103,12 +186,42 @@ def main(argv: list[str] | None = None) -> None:
     options = vars(parser.parse_args(argv))
     folder, prompt = options.pop("model"), options.pop("prompt")
     try:
-        sampling = build(SamplingConfig, options, "generate")
-        device = "cuda" if torch.cuda.is_available() else "cpu"
-        for number, text in enumerate(generate_text(load_model(folder, device), prompt, sampling), start=1):
-            sys.stdout.write(f"--- {number} ---\n{prompt}{text}\n")
+        settings = build(SamplingConfig, options, "generate")
+        model = load_for_generation(folder)
+        _warn_of_cut(len(encode_prompt(model, prompt)), model.config.block_size)
+        _write(prompt, stream(model, prompt, **options), settings.num_seq)
     except UserError as error:
         raise SystemExit(f"generate: {error}") from error
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        raise SystemExit(130) from None
+    except BrokenPipeError:
+        # Nobody reads any more; what the interpreter flushes at its end goes nowhere.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        raise SystemExit(1) from None
+
+
+def _warn_of_cut(n_tokens: int, block_size: int) -> None:
+    if start := window_start(n_tokens, block_size):
+        sys.stderr.write(
+            f"generate: the prompt has {n_tokens} tokens, the context block_size={block_size}; "
+            f"the model sees the last {n_tokens - start}\n"
+        )
+
+
+def _write(prompt: str, pieces: Iterator[tuple[int, str]], num_seq: int) -> None:
+    """The first sequence as it is drawn, then the others, which were drawn beside it."""
+    others = [""] * num_seq
+    sys.stdout.write(f"--- 1 ---\n{prompt}")
+    sys.stdout.flush()
+    for number, piece in pieces:
+        if number:
+            others[number] += piece
+        else:
+            sys.stdout.write(piece)
+            sys.stdout.flush()
+    sys.stdout.write("\n" + "".join(f"--- {n} ---\n{prompt}{others[n - 1]}\n" for n in range(2, num_seq + 1)))
+    sys.stdout.flush()
 
 
 if __name__ == "__main__":

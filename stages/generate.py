@@ -4,7 +4,7 @@ from pathlib import Path
 
 from gpt2.dist import setup_device
 from gpt2.files import write_csv
-from gpt2.generate import GenerateConfig, generate_text
+from gpt2.generate import GenerateConfig, generate
 from gpt2.hardware import HardwareConfig
 from gpt2.stage import Stage
 from gpt2.weights import load_model
@@ -17,7 +17,8 @@ def main() -> None:
     with Stage("generate") as stage:
         config = stage.load("generate", GenerateConfig)
         model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
-        rows = [(prompt, text) for prompt in config.prompts for text in generate_text(model, prompt, config)]
+        sampling = config.model_dump(exclude={"prompts"})
+        rows = [(prompt, text) for prompt in config.prompts for text in generate(model, prompt, **sampling)]
         write_csv(SAMPLES, ("prompt", "text"), rows)
 
 

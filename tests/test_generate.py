@@ -1,6 +1,10 @@
-"""Sampling draws from the distribution it promises, ends where it should, and its command line refuses nonsense."""
+"""Generation equals its definition without a cache, draws from the distribution it promises and ends where it should;
+the command writes what the library call returns.
+"""
 
+import os
 import re
+import signal
 import subprocess
 import sys
 
@@ -10,11 +14,12 @@ from pydantic import ValidationError
 
 from gpt2 import generate as module
 from gpt2.files import UserError
-from gpt2.generate import GenerateConfig, SamplingConfig, generate, generate_text
+from gpt2.generate import GenerateConfig, SamplingConfig, draw_tokens, generate, stream, window_start
 from gpt2.model import GPT, GPTConfig
 from gpt2.weights import save_model
 from tests.analysed import BLOCK_SIZE, VOCAB_SIZE, make_model
 from tests.closure import ROOT
+from tests.reference import make_reference
 
 # An id that no test draws by chance: its logit is never high.
 NEVER = -1
@@ -26,13 +31,43 @@ def make_sampling(**changed) -> SamplingConfig:
     return SamplingConfig(**{**plain, **changed})
 
 
+def draw_rows(model: GPT, prompt: torch.Tensor, sampling: SamplingConfig, eot_token: int = NEVER) -> list[list[int]]:
+    """New ids of every sequence."""
+    rows = [[] for _ in range(sampling.num_seq)]
+    for drawn in draw_tokens(model, prompt, sampling, eot_token):
+        for number, token in drawn.items():
+            rows[number].append(token)
+    return rows
+
+
+def see(ids: list[int], block_size: int) -> list[int]:
+    """What the model sees of `ids`: whenever they are more than the context, its older half is dropped."""
+    dropped = 0
+    while len(ids) - dropped > block_size:
+        dropped += (block_size + 1) // 2
+    return ids[dropped:]
+
+
 @torch.no_grad()
+def draw_without_cache(model: GPT, prompt: torch.Tensor, sampling: SamplingConfig) -> list[list[int]]:
+    """The definition: for every token of every sequence, a pass over all that the model sees."""
+    seeds, rows = torch.Generator().manual_seed(sampling.seed), []
+    for _ in range(sampling.num_seq):
+        own = torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=seeds)))
+        ids = prompt.tolist()
+        for _ in range(sampling.max_tokens):
+            logits = model(torch.tensor([see(ids, model.config.block_size)]))[0, -1]
+            if sampling.temperature == 0:
+                ids.append(int(logits.argmax()))
+            else:
+                probabilities = (logits / sampling.temperature).softmax(0)
+                ids.append(int(torch.multinomial(probabilities, 1, generator=own)))
+        rows.append(ids[len(prompt) :])
+    return rows
+
+
 def likeliest(model: GPT, prompt: torch.Tensor, n: int) -> list[int]:
-    """Argmax of all logits again and again, the whole sequence or the last block_size tokens in a pass."""
-    ids = prompt.tolist()
-    for _ in range(n):
-        ids.append(int(model(torch.tensor([ids[-BLOCK_SIZE:]]))[0, -1].argmax()))
-    return ids[len(prompt) :]
+    return draw_without_cache(model, prompt, make_sampling(temperature=0.0, max_tokens=n))[0]
 
 
 @torch.no_grad()
@@ -43,34 +78,87 @@ def next_probabilities(model: GPT, temperature: float = 1.0) -> torch.Tensor:
 
 def draw_next(model: GPT, n: int, **changed) -> torch.Tensor:
     """How often each id is drawn after PROMPT in `n` draws, (V,)."""
-    rows = generate(model, PROMPT, make_sampling(max_tokens=1, num_seq=n, **changed), NEVER)
+    rows = draw_rows(model, PROMPT, make_sampling(max_tokens=1, num_seq=n, **changed))
     return torch.bincount(torch.tensor(rows).flatten(), minlength=VOCAB_SIZE)
 
 
-@pytest.fixture
-def model() -> GPT:
+def make_decided(norm: str = "preln", heads: tuple[int, ...] | None = None) -> GPT:
     """A model whose next token is neither certain nor open."""
-    model = make_model()
+    model = make_model(norm, heads=heads)
     with torch.no_grad():
         model.wte.weight *= 12
     return model
 
 
-@pytest.mark.parametrize("n", [1, 12, 3 * BLOCK_SIZE], ids=["one", "within the context", "beyond the context"])
-def test_without_temperature_the_likeliest_token_is_taken(model, n):
-    assert generate(model, PROMPT, make_sampling(temperature=0.0, max_tokens=n), NEVER) == [likeliest(model, PROMPT, n)]
+@pytest.fixture
+def model() -> GPT:
+    return make_decided()
 
 
-def test_a_prompt_longer_than_the_context_is_seen_from_its_end(model):
-    long = torch.arange(BLOCK_SIZE + 9)
-    expected = likeliest(model, long, 5)
-    assert generate(model, long, make_sampling(temperature=0.0, max_tokens=5), NEVER) == [expected]
-    assert generate(model, long[9:], make_sampling(temperature=0.0, max_tokens=5), NEVER) == [expected]
+KINDS = {
+    "preln": {},
+    "postln": {"norm": "postln"},
+    "deepnorm": {"norm": "deepnorm"},
+    "heads pruned": {"heads": (4, 0, 1)},
+    "no heads": {"heads": (0, 0, 0)},
+}
+LENGTHS = {"short": 1, "a little": 3, "the context": BLOCK_SIZE, "more": BLOCK_SIZE + 1, "much more": 3 * BLOCK_SIZE}
+
+
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("length", LENGTHS.values(), ids=LENGTHS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_cache_changes_no_token(kind, length, temperature):
+    model = make_decided(**KINDS[kind])
+    prompt = torch.randint(VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length))
+    sampling = make_sampling(temperature=temperature, max_tokens=2 * BLOCK_SIZE + 5, num_seq=2)
+    assert draw_rows(model, prompt, sampling) == draw_without_cache(model, prompt, sampling)
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7])
+def test_the_cache_changes_no_token_in_the_shortest_contexts(block_size):
+    shape = {"n_layer": 2, "n_head": 2, "n_embd": 8, "block_size": block_size, "vocab_size": 50}
+    model = GPT(GPTConfig(**shape, norm="postln"), seed=1)
+    sampling = make_sampling(max_tokens=20, num_seq=2)
+    assert draw_rows(model, PROMPT % 50, sampling) == draw_without_cache(model, PROMPT % 50, sampling)
+
+
+def test_greedy_generation_is_that_of_transformers(model):
+    n = BLOCK_SIZE - len(PROMPT)
+    theirs = make_reference(model).generate(
+        PROMPT[None], max_new_tokens=n, do_sample=False, eos_token_id=None, pad_token_id=0
+    )
+    assert draw_rows(model, PROMPT, make_sampling(temperature=0.0, max_tokens=n)) == theirs[:, len(PROMPT) :].tolist()
+
+
+@pytest.mark.parametrize("block_size", [1, 2, 7, 24, 1024])
+def test_the_window_is_a_function_of_the_number_of_tokens(block_size):
+    for n in range(1, 5 * block_size):
+        seen = n - window_start(n, block_size)
+        assert seen == len(see(list(range(n)), block_size))
+        assert block_size // 2 < seen <= block_size or seen == n <= block_size
+
+
+def test_text_so_far_as_prompt_continues_alike(model):
+    whole = draw_rows(model, PROMPT, make_sampling(temperature=0.0, max_tokens=60))[0]
+    for done in (1, BLOCK_SIZE, 40):
+        so_far = torch.cat([PROMPT, torch.tensor(whole[:done])])
+        assert draw_rows(model, so_far, make_sampling(temperature=0.0, max_tokens=60 - done)) == [whole[done:]]
+
+
+def test_a_pass_takes_one_token_but_for_one_in_half_a_context(model):
+    passes = []
+    model.wte.register_forward_hook(lambda _, args, __: passes.append(tuple(args[0].shape)))
+    draw_rows(model, PROMPT, make_sampling(num_seq=4, max_tokens=BLOCK_SIZE + 14))
+    half = BLOCK_SIZE // 2
+    until_full, until_full_again = [(4, 1)] * (BLOCK_SIZE - len(PROMPT)), [(4, 1)] * (half - 1)
+    again = (4, half + 1)
+    assert passes == [(1, len(PROMPT)), *until_full, again, *until_full_again, again, (4, 1), (4, 1), (4, 1)]
 
 
 @pytest.mark.parametrize("changed", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}])
 def test_the_narrowest_sampling_takes_the_likeliest_token(model, changed):
-    rows = generate(model, PROMPT, make_sampling(num_seq=3, **changed), NEVER)
+    rows = draw_rows(model, PROMPT, make_sampling(num_seq=3, **changed))
     assert rows == 3 * [likeliest(model, PROMPT, 12)]
 
 
@@ -109,11 +197,22 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(model):
 
 
 def test_the_seed_alone_decides_the_text(model):
-    one = generate(model, PROMPT, make_sampling(num_seq=3, seed=5), NEVER)
+    one = draw_rows(model, PROMPT, make_sampling(num_seq=3, seed=5))
     torch.manual_seed(99)
-    assert generate(model, PROMPT, make_sampling(num_seq=3, seed=5), NEVER) == one
-    assert generate(model, PROMPT, make_sampling(num_seq=3, seed=6), NEVER) != one
+    assert draw_rows(model, PROMPT, make_sampling(num_seq=3, seed=5)) == one
+    assert draw_rows(model, PROMPT, make_sampling(num_seq=3, seed=6)) != one
     assert len({tuple(row) for row in one}) == 3
+
+
+def test_a_sequence_depends_on_no_other_and_on_no_length(model):
+    three = draw_rows(model, PROMPT, make_sampling(num_seq=3))
+    assert draw_rows(model, PROMPT, make_sampling(num_seq=20))[:3] == three
+    assert draw_rows(model, PROMPT, make_sampling(num_seq=3, max_tokens=5)) == [row[:5] for row in three]
+
+
+def test_sequences_of_neighbouring_seeds_differ(model):
+    rows = [tuple(row) for seed in range(4) for row in draw_rows(model, PROMPT, make_sampling(num_seq=4, seed=seed))]
+    assert len(set(rows)) == 16
 
 
 @pytest.mark.parametrize("temperature", [0.0, 1.0, 100.0])
@@ -122,29 +221,40 @@ def test_ids_that_pad_the_vocabulary_are_never_drawn(model, temperature):
     with torch.no_grad():
         model.wte.weight[VOCAB_SIZE:] = 1e6
         model.wte.weight[VOCAB_SIZE + 1 :: 2] = -1e6
-    rows = generate(model, PROMPT, make_sampling(num_seq=50, temperature=temperature), NEVER)
+    rows = draw_rows(model, PROMPT, make_sampling(num_seq=50, temperature=temperature))
     assert max(map(max, rows)) < VOCAB_SIZE
 
 
 def test_an_end_of_text_token_ends_its_sequence_and_is_left_out(model):
-    free = generate(model, PROMPT, make_sampling(num_seq=20), NEVER)
+    free = draw_rows(model, PROMPT, make_sampling(num_seq=20))
     # A token that one sequence draws in the middle and another never draws.
     eot = next(id_ for id_ in free[0][2:8] if id_ not in free[0][:2] and any(id_ not in row for row in free))
-    ended = generate(model, PROMPT, make_sampling(num_seq=20), eot)
+    ended = draw_rows(model, PROMPT, make_sampling(num_seq=20), eot)
     assert ended == [row[: row.index(eot)] if eot in row else row for row in free]
     assert len({len(row) for row in ended}) > 1
+
+
+def test_sequences_that_have_ended_cost_nothing(model):
+    free = draw_rows(model, PROMPT, make_sampling(num_seq=20))
+    eot = next(id_ for id_ in free[0][2:8] if any(id_ not in row for row in free))
+    rows = []
+    model.wte.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
+    ended = draw_rows(model, PROMPT, make_sampling(num_seq=20), eot)
+    # The first pass is over the prompt; the one after the nth token has the sequences that are longer than n - 1.
+    assert rows[1:] == [sum(len(row) >= n for row in ended) for n in range(1, 12)]
+    assert rows[-1] < 20
 
 
 def test_generation_stops_when_all_sequences_have_ended(model):
     first = likeliest(model, PROMPT, 1)[0]
     passes = []
     model.h[0].register_forward_hook(lambda *_: passes.append(1))
-    assert generate(model, PROMPT, make_sampling(num_seq=4, temperature=0.0, max_tokens=50), first) == [[]] * 4
+    assert draw_rows(model, PROMPT, make_sampling(num_seq=4, temperature=0.0, max_tokens=50), first) == [[]] * 4
     assert len(passes) == 1
 
 
 def test_an_end_of_text_token_in_the_prompt_ends_nothing(model):
-    rows = generate(model, torch.tensor([7, 5, 7]), make_sampling(temperature=0.0), eot_token=7)
+    rows = draw_rows(model, torch.tensor([7, 5, 7]), make_sampling(temperature=0.0), eot_token=7)
     assert rows == [likeliest(model, torch.tensor([7, 5, 7]), 12)]
     assert 7 not in rows[0]
 
@@ -160,34 +270,140 @@ def folder(tmp_path_factory):
 
 def test_text_continues_a_prompt_or_starts_a_document(folder):
     model = module.load_model(folder)
-    texts = generate_text(model, "The array", make_sampling(num_seq=2))
+    texts = generate(model, "The array", num_seq=2)
     assert len(texts) == 2
     assert all(isinstance(text, str) and text for text in texts)
     seen = []
     model.wte.register_forward_hook(lambda _, args, __: seen.append(args[0][0].tolist()))
-    generate_text(model, "", make_sampling())
+    generate(model, "")
     assert seen[0] == [50256]
+
+
+def test_a_folder_is_as_good_as_its_model(folder):
+    expected = generate(module.load_model(folder), "The array", max_tokens=5, seed=4)
+    assert generate(folder, "The array", max_tokens=5, seed=4) == expected
+    assert generate(str(folder), "The array", max_tokens=5, seed=4) == expected
+
+
+def test_the_call_has_the_defaults_of_the_configuration(folder):
+    assert generate(folder, "x") == generate(folder, "x", **SamplingConfig().model_dump())
+
+
+@pytest.mark.parametrize("call", [generate, stream])
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"max_token": 5}, r"generate\.max_token = 5 is not a known key; did you mean max_tokens\?"),
+        ({"temperature": "hot"}, r"generate\.temperature = 'hot': Input should be a valid number"),
+        ({"num_seq": 1.5}, r"generate\.num_seq = 1\.5"),
+        ({"seed": -1}, r"generate\.seed = -1: Input should be greater than or equal to 0"),
+        ({"seed": 2**63}, r"generate\.seed = 9223372036854775808: Input should be less than"),
+    ],
+)
+def test_the_call_refuses_settings_that_cannot_be(folder, call, options, message):
+    with pytest.raises(UserError, match=message):
+        call(folder, "x", **options)
+
+
+def test_a_folder_without_a_model_is_refused_before_anything_is_drawn(tmp_path):
+    with pytest.raises(UserError, match="holds no model"):
+        stream(tmp_path, "x")
 
 
 def test_a_model_of_another_vocabulary_is_refused():
     with pytest.raises(UserError, match="the model has vocab_size=97, encoding gpt2 has 50257"):
-        generate_text(make_model(), "text", make_sampling())
+        generate(make_model(), "text")
+
+
+def test_pieces_come_as_they_are_drawn(folder):
+    model, passes = module.load_model(folder), []
+    model.wte.register_forward_hook(lambda *_: passes.append(1))
+    pieces = stream(model, "The array", max_tokens=20)
+    assert not passes
+    next(pieces)
+    assert len(passes) < 20
+    pieces.close()
+
+
+@pytest.mark.parametrize("prompt", ["The array", ""])
+def test_pieces_make_the_text(folder, prompt):
+    texts = ["", "", ""]
+    for number, piece in stream(folder, prompt, num_seq=3, seed=8):
+        assert piece
+        texts[number] += piece
+    assert texts == generate(folder, prompt, num_seq=3, seed=8)
+
+
+@pytest.mark.parametrize(
+    ("text", "cut"),
+    [("naïve 日本語 🙂🏳️‍🌈 end", 0), ("cut 🙂", 1), ("cut 🙂", 2)],
+    ids=["whole", "a byte lacks", "two tokens lack"],
+)
+def test_a_character_of_several_tokens_appears_whole(folder, monkeypatch, text, cut):
+    encoding = module.load_encoding()
+    ids = encoding.encode_ordinary(text)
+    ids = ids[: len(ids) - cut]
+    monkeypatch.setattr(module, "draw_tokens", lambda *_: iter([{0: id_} for id_ in ids]))
+    pieces = [piece for _, piece in stream(folder, "x")]
+    assert "".join(pieces) == encoding.decode(ids)
+    # What was cut off shows at the very end alone.
+    assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces[: -1 if cut else None])
+
+
+def printed_by(folder, capsys, *options: str) -> str:
+    module.main(["--model", str(folder), *options])
+    return capsys.readouterr().out
 
 
 def test_the_command_prints_each_sequence_with_its_prompt(folder, capsys):
-    command = ["--model", str(folder), "--prompt", "Plot a", "--max_tokens", "4", "--num_seq", "3", "--seed", "2"]
-    module.main(command)
-    printed = capsys.readouterr().out
-    texts = generate_text(module.load_model(folder), "Plot a", SamplingConfig(max_tokens=4, num_seq=3, seed=2))
+    options = ["--prompt", "Plot a", "--max_tokens", "4", "--num_seq", "3", "--seed", "2"]
+    printed = printed_by(folder, capsys, *options)
+    texts = generate(folder, "Plot a", max_tokens=4, num_seq=3, seed=2)
     assert printed == "".join(f"--- {i} ---\nPlot a{text}\n" for i, text in enumerate(texts, start=1))
-    module.main(command)
-    assert capsys.readouterr().out == printed
+    assert printed_by(folder, capsys, *options) == printed
 
 
 def test_the_command_has_the_defaults_of_the_configuration(folder, capsys):
-    module.main(["--model", str(folder), "--prompt", "x"])
-    texts = generate_text(module.load_model(folder), "x", SamplingConfig())
-    assert capsys.readouterr().out == f"--- 1 ---\nx{texts[0]}\n"
+    assert printed_by(folder, capsys, "--prompt", "x") == f"--- 1 ---\nx{generate(folder, 'x')[0]}\n"
+
+
+def test_the_command_warns_of_a_prompt_beyond_the_context(folder, capsys):
+    module.main(["--model", str(folder), "--prompt", " a" * 30, "--max_tokens", "1"])
+    warning = "generate: the prompt has 30 tokens, the context block_size=16; the model sees the last 14\n"
+    assert capsys.readouterr().err == warning
+    module.main(["--model", str(folder), "--prompt", " a" * 16, "--max_tokens", "9"])
+    assert capsys.readouterr().err == ""
+
+
+def start_command(folder, *options: str, stdout) -> subprocess.Popen:
+    command = [sys.executable, "-m", "gpt2.generate", "--model", str(folder), *options]
+    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE)
+
+
+def test_a_reader_that_goes_away_and_a_person_who_interrupts_end_the_command_quietly(folder):
+    endless = ("--prompt", "x", "--max_tokens", "1000000")
+    abandoned = start_command(folder, *endless, stdout=subprocess.PIPE)
+    interrupted = start_command(folder, *endless, stdout=subprocess.PIPE)
+    try:
+        for process in (abandoned, interrupted):
+            assert process.stdout.read(20).startswith(b"--- 1 ---\nx")
+        abandoned.stdout.close()
+        interrupted.send_signal(signal.SIGINT)
+        assert (abandoned.wait(60), abandoned.stderr.read()) == (1, b"")
+        assert (interrupted.wait(60), interrupted.stderr.read()) == (130, b"\n")
+    finally:
+        abandoned.kill()
+        interrupted.kill()
+
+
+def test_a_terminal_shows_what_a_pipe_gets(folder, capsys):
+    options = ("--prompt", "naïve", "--max_tokens", "6", "--num_seq", "2")
+    ours, theirs = os.openpty()
+    process = start_command(folder, *options, stdout=theirs)
+    os.close(theirs)
+    assert process.wait(60) == 0
+    shown = os.read(ours, 1 << 16).decode().replace("\r\n", "\n")
+    assert shown == printed_by(folder, capsys, *options)
 
 
 def test_a_missing_model_ends_the_process_with_a_message_alone(tmp_path):
