@@ -143,6 +143,8 @@ class Workload:
     @property
     def scratch_bytes(self) -> float:
         """The checkpoints that are kept and the one being written, and likewise the weights last evaluated."""
+        if not self.steps:
+            return 0.0
         return (KEPT + 1) * self.checkpoint_bytes + 2 * self._model_bytes
 
     @property

@@ -181,7 +181,8 @@ def test_loaded_weights_are_held_against_the_model(tmp_path):
     assert check_weights(plan_of("full", train__init_from="openai-community/gpt2")).mark == OK
     # No step is taken, so none has to divide.
     assert check_batch(plan, 7).mark == OK
-    assert Workload(plan, VOLUME, SERVER).steps == 0
+    workload = Workload(plan, VOLUME, SERVER)
+    assert (workload.steps, workload.scratch_bytes) == (0, 0)
 
 
 def test_a_step_divides_among_the_processes():
