@@ -125,16 +125,20 @@ def tabulate(rows: Sequence[Row], peak: dict) -> str:
     )
 
 
-def describe_run(threads: int, argv: Sequence[str]) -> str:
+def describe_processor() -> str:
+    """Name, and where the system tells them family and model."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     named = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
     model = named.get("model name") or platform.processor()
-    family = f", family {named['cpu family']}, model {named['model']}" if "cpu family" in named else ""
+    return model + (f", family {named['cpu family']}, model {named['model']}" if "cpu family" in named else "")
+
+
+def describe_run(threads: int, argv: Sequence[str]) -> str:
     command = " ".join(["python -m bench", *argv])
     return (
-        f"# Training throughput on the CPU\n\n{date.today()}, {model}{family}, {threads} threads; the fastest of "
-        f"{ROUNDS} interleaved rounds of {STEPS} steps, after a warm-up.\n\n```\n{command}\n```\n\n"
+        f"# Training throughput on the CPU\n\n{date.today()}, {describe_processor()}, {threads} threads; the fastest "
+        f"of {ROUNDS} interleaved rounds of {STEPS} steps, after a warm-up.\n\n```\n{command}\n```\n\n"
     )
 
 
