@@ -28,7 +28,7 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-from bench.machine import describe_processor
+from bench.machine import BUSY, describe_processor
 from gpt2.files import UserError, write_text
 from gpt2.hardware import HardwareConfig
 from gpt2.params import load, read
@@ -36,8 +36,6 @@ from gpt2.params import load, read
 ROUNDS, STEPS = 7, 2
 # A row that is not ready by then, which only compiling can bring about, is left out.
 START_SECONDS = 120
-# Average number of waiting processes above which the machine is not the benchmark's own.
-BUSY = 0.5
 RESULT = Path("bench/results/train_cpu.md")
 TOKENS = Path("data/tokens/train.json")
 TORCHRUN = ("-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2")
@@ -128,7 +126,7 @@ def tabulate(rows: Sequence[Row], peak: dict) -> str:
 def describe_run(threads: int, argv: Sequence[str]) -> str:
     command = " ".join(["python -m bench", *argv])
     return (
-        f"# Training throughput on the CPU\n\n{date.today()}, {describe_processor(threads)}; the fastest of "
+        f"# Training throughput on the CPU\n\n{date.today()}, {describe_processor()}, {threads} threads; the fastest of "
         f"{ROUNDS} interleaved rounds of {STEPS} steps, after a warm-up.\n\n```\n{command}\n```\n\n"
     )
 

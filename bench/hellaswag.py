@@ -142,7 +142,8 @@ def main(argv: Sequence[str]) -> None:
     scored, looped = score(few), choose_one_by_one(model, some, device)
     other = [sum(map(operator.ne, scored[f"{PROTOCOL}_{kind}"], looped[kind])) for kind in ("acc", "acc_norm")]
     limit, whole = count_operations(model, every) / measure_peak(device), seconds[f"{SCORER}, all items"][1]
-    processor = describe_processor(hardware.threads) if device.type == "cpu" else torch.cuda.get_device_name()
+    on_cpu = f"{describe_processor()}, {hardware.threads} threads"
+    processor = on_cpu if device.type == "cpu" else torch.cuda.get_device_name()
     arguments = f"--scale {options.scale} --loop_items {options.loop_items} --rounds {options.rounds}"
     text = (
         f"# HellaSwag: the scorer beside build-nanogpt's loop\n\n{date.today()}, {processor}, torch "

@@ -3,12 +3,14 @@
 import platform
 from pathlib import Path
 
+# Average number of waiting processes above which the machine is not the benchmark's own.
+BUSY = 0.5
 
-def describe_processor(threads: int) -> str:
-    """Name, family and model as the operating system tells them, and the threads in use."""
+
+def describe_processor() -> str:
+    """Name, and where the system tells them family and model."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     named = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
     model = named.get("model name") or platform.processor()
-    family = f", family {named['cpu family']}, model {named['model']}" if "cpu family" in named else ""
-    return f"{model}{family}, {threads} threads"
+    return model + (f", family {named['cpu family']}, model {named['model']}" if "cpu family" in named else "")

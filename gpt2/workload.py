@@ -251,12 +251,15 @@ class Workload:
         return self._model_need(self._items()[0] * SCORE_ROW, memory, len(PROTOCOLS) * self._benchmark_flops())
 
     def _generate(self) -> Need:
-        config = self.plan.generate
-        window = min(self.plan.model.block_size, config.max_tokens)
+        config, model = self.plan.generate, self.plan.model
         sequences = len(config.prompts) * config.num_seq
-        # Without a cache each new token passes the whole window through the model, on average half filled.
-        flops = sequences * config.max_tokens * forward_flops(self.plan.model, window / 2, 1)
-        return self._model_need(SMALL_FILE, self._forward_memory(window), flops)
+        # A new token passes the model once; beyond the context once more, without logits, when half of it is dropped.
+        again = max(0, config.max_tokens - model.block_size)
+        flops = sequences * (forward_flops(model, config.max_tokens) + forward_flops(model, again, 0))
+        # Keys and values of all that a context holds, and what a pass over most of one computes.
+        window = min(model.block_size, config.max_tokens)
+        cache = 2 * 4 * config.num_seq * model.n_layer * window * model.n_embd
+        return self._model_need(SMALL_FILE, cache + self._forward_memory(config.num_seq * window), flops)
 
     def _head_similarity(self) -> Need:
         config, model = self.plan.heads, self.plan.model

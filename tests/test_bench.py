@@ -5,10 +5,11 @@ from types import SimpleNamespace
 import pytest
 
 import bench.__main__ as bench
-from bench import gpu_table, optimizers
+from bench import generate, gpu_table, optimizers
 from gpt2.files import read_json
 from gpt2.params import load, read
 from gpt2.shape import ModelShape
+from tests.analysed import VOCAB_SIZE, make_model
 from tests.closure import ROOT
 
 OURS = "this project, 1 process"
@@ -54,6 +55,53 @@ def test_the_classifier_is_the_share_of_the_operations_that_the_text_says(monkey
     blocks = 6 * 12 * shape.n_layer * shape.n_embd**2 + 12 * shape.n_layer * shape.n_embd * shape.block_size
     assert "seven eighths of the operations" in bench.__doc__.replace("\n", " ")
     assert abs(classifier / (classifier + blocks) - 7 / 8) < 0.02
+
+
+def test_generation_names_a_missing_baseline():
+    with pytest.raises(SystemExit, match=r"absent/model\.py does not exist"):
+        generate.main(["--nanogpt", "absent"])
+
+
+def make_generation(**changed) -> dict:
+    """A measurement in which 500 MB are read at 20 GB/s: 40 steps of 5 tokens in a second."""
+    few = {"bytes_per_step": 500_000_000, "bytes_per_s": [10e9, 20e9], "ours_s": [50.0, 25.0, 30.0]}
+    said = {"day": "2026-01-31", "processor": "a processor", "threads": 2, "load": 0.1}
+    return {**few, **said, "nanogpt_s_at_length": {}, **changed}
+
+
+def test_the_time_of_a_sampler_without_a_cache_is_summed_over_all_lengths():
+    # Seconds are 0.01 times the length, known at both ends and in the middle; the slower round is not looked at.
+    lengths = (generate.PROMPT, 200, generate.PROMPT + generate.TOKENS - 1)
+    sampled = {str(length): [length, 0.01 * length] for length in lengths}
+    exact = 0.01 * sum(range(generate.PROMPT, generate.PROMPT + generate.TOKENS))
+    assert generate.whole_time(sampled, min) == pytest.approx(exact)
+    table = generate.tabulate(make_generation(nanogpt_s_at_length=sampled))
+    # 2,500 tokens in 25 s, half of the limit of 200 tokens/s.
+    assert read_cells(table, "this project")[1:] == ["100.0", "83.3", "25.0", f"{exact / 25:.1f}", "50.0 %"]
+    assert read_cells(table, "nanoGPT, interpolated")[4] == "1.0" and "Limit: 200 tokens/s" in table
+
+
+def test_generation_is_measured_without_a_baseline_too():
+    table = generate.tabulate(make_generation())
+    assert read_cells(table, "this project")[4] == "–" and "nanoGPT's sampler" not in table
+
+
+def test_the_lengths_at_which_a_sampler_is_timed_reach_from_the_first_to_the_last():
+    assert generate.SAMPLED[0] == generate.PROMPT
+    assert generate.SAMPLED[-1] == generate.PROMPT + generate.TOKENS - 1
+    assert list(generate.SAMPLED) == sorted(generate.SAMPLED)
+
+
+def test_a_step_reads_every_weight_but_the_positions_once():
+    model = make_model()
+    weights = {name: weight for name, weight in model.named_parameters() if name not in ("wpe.weight", "wte.weight")}
+    expected = sum(weight.numel() for weight in weights.values()) + VOCAB_SIZE * model.config.n_embd
+    assert generate.bytes_per_step(model) == 4 * expected
+
+
+def test_the_page_on_generation_says_what_its_measurement_says():
+    page = (ROOT / generate.RESULT).read_text(encoding="utf-8")
+    assert page == generate.tabulate(read_json(ROOT / generate.DATA))
 
 
 def test_pages_say_what_their_measurements_say(tmp_path, monkeypatch):

@@ -1,0 +1,174 @@
+"""Generation on the CPU: this project beside nanoGPT's sampler, at GPT-2's own size with random weights.
+
+    python -m bench.generate --nanogpt DIR        # DIR holds nanoGPT's model.py
+
+Both continue one prompt of PROMPT tokens in SEQUENCES sequences by TOKENS tokens, in fp32, with temperature 0.8 and
+top_k 50, with as many threads as hardware.threads says. This project generates all of it, ROUNDS times. nanoGPT keeps
+no keys and values: every token costs a pass over the whole text, whose time depends on the length of the text alone. So
+one token of its sampler is timed at SAMPLED lengths from the first to the last, once in each of the same rounds, and
+its whole time is the sum over all lengths of the line between them. The page says so.
+
+The fastest round counts; the median stands beside it. The limit is arithmetic: no step can take less time than reading
+all weights once, at the rate at which the machine reads memory (the fastest sum over an array of BANDWIDTH_BYTES). Keys
+and values, which are read as well, are not counted, so that 100 % is out of reach.
+"""
+
+import argparse
+import importlib.util
+import os
+import sys
+import time
+from collections.abc import Callable, Sequence
+from datetime import date
+from pathlib import Path
+from statistics import median
+
+# The benchmark is of processors, and a GPU would be picked where there is one.
+os.environ["CUDA_VISIBLE_DEVICES"] = ""
+
+import numpy as np
+import torch
+from torch import nn
+
+from bench.machine import BUSY, describe_processor
+from gpt2.files import write_json, write_text
+from gpt2.generate import SamplingConfig, draw_tokens
+from gpt2.hardware import HardwareConfig
+from gpt2.model import GPT, GPTConfig
+from gpt2.params import load, read
+
+RESULT, DATA = Path("bench/results/generate_cpu.md"), Path("bench/results/generate_cpu.json")
+SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
+VOCAB_SIZE = 50257
+PROMPT, SEQUENCES, TOKENS, ROUNDS = 8, 5, 500, 3
+# Lengths of the text at which a token of nanoGPT is timed.
+SAMPLED = (8, 64, 128, 192, 256, 320, 384, 448, 507)
+BANDWIDTH_BYTES = 2**29
+NEVER = -1
+
+
+def time_ours(model: GPT, prompt: torch.Tensor) -> float:
+    """Seconds for all tokens of all sequences."""
+    sampling = SamplingConfig(max_tokens=TOKENS, num_seq=SEQUENCES)
+    started = time.perf_counter()
+    drawn = sum(len(tokens) for tokens in draw_tokens(model, prompt, sampling, NEVER))
+    seconds = time.perf_counter() - started
+    assert drawn == SEQUENCES * TOKENS, drawn
+    return seconds
+
+
+def time_nanogpt(model: nn.Module, length: int) -> float:
+    """Seconds for the next token of all sequences after a text of `length` tokens."""
+    idx = torch.randint(VOCAB_SIZE, (1, length)).expand(SEQUENCES, -1)
+    sampling = SamplingConfig()
+    started = time.perf_counter()
+    model.generate(idx, 1, temperature=sampling.temperature, top_k=sampling.top_k)
+    return time.perf_counter() - started
+
+
+def build_nanogpt(checkout: Path) -> nn.Module:
+    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    nanogpt = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = nanogpt
+    spec.loader.exec_module(nanogpt)
+    # The padded vocabulary of its own train.py.
+    return nanogpt.GPT(nanogpt.GPTConfig(**SHAPE, vocab_size=50304, dropout=0.0, bias=True)).eval()
+
+
+def measure_bandwidth() -> float:
+    """Bytes read per second, in the fastest of ten sums."""
+    array, fastest = torch.zeros(BANDWIDTH_BYTES // 4), float("inf")
+    for _ in range(10):
+        started = time.perf_counter()
+        array.sum()
+        fastest = min(fastest, time.perf_counter() - started)
+    return BANDWIDTH_BYTES / fastest
+
+
+def bytes_per_step(model: GPT) -> int:
+    """All weights but the positions, of which a step reads one row, and the padding of the vocabulary."""
+    return 4 * (model.n_params() - model.wpe.weight.numel())
+
+
+def measure(nanogpt: Path | None) -> dict:
+    """Interleaved rounds of all rows, after a warm-up of each."""
+    load_before = os.getloadavg()[0]
+    threads = load("hardware", HardwareConfig, {**read(), "scale": "tiny"}).threads
+    torch.set_num_threads(threads)
+    ours = GPT(GPTConfig(**SHAPE, vocab_size=VOCAB_SIZE, norm="preln")).eval()
+    theirs = build_nanogpt(nanogpt) if nanogpt else None
+    prompt = torch.randint(VOCAB_SIZE, (PROMPT,))
+    list(draw_tokens(ours, prompt, SamplingConfig(max_tokens=3, num_seq=SEQUENCES), NEVER))
+    seconds, sampled = [], {str(length): [] for length in SAMPLED if theirs}
+    if theirs:
+        time_nanogpt(theirs, SAMPLED[0])
+    bandwidth = []
+    for number in range(ROUNDS):
+        bandwidth.append(measure_bandwidth())
+        seconds.append(time_ours(ours, prompt))
+        for length in sampled:
+            sampled[length].append(time_nanogpt(theirs, int(length)))
+        sys.stderr.write(f"round {number + 1} of {ROUNDS}: {seconds[-1]:.1f} s\n")
+    return {
+        "day": date.today().isoformat(), "load": load_before, "processor": describe_processor(), "threads": threads,
+        "bytes_per_step": bytes_per_step(ours), "bytes_per_s": bandwidth,
+        "ours_s": seconds, "nanogpt_s_at_length": sampled,
+    }  # fmt: skip
+
+
+def whole_time(sampled: dict[str, list[float]], pick: Callable[[Sequence[float]], float]) -> float:
+    """Seconds of nanoGPT for TOKENS tokens, from those of one token at some lengths of the text."""
+    lengths = [int(length) for length in sampled]
+    every = np.arange(PROMPT, PROMPT + TOKENS)
+    return float(np.interp(every, lengths, [pick(seconds) for seconds in sampled.values()]).sum())
+
+
+def tabulate(data: dict) -> str:
+    """The page of a measurement."""
+    drawn = SEQUENCES * TOKENS
+    limit = SEQUENCES * max(data["bytes_per_s"]) / data["bytes_per_step"]
+    rows = [("this project", min(data["ours_s"]), median(data["ours_s"]))]
+    if sampled := data["nanogpt_s_at_length"]:
+        rows.append(("nanoGPT, interpolated", whole_time(sampled, min), whole_time(sampled, median)))
+    lines = [
+        f"# Generation on the CPU\n\n{data['day']}, {data['processor']}, {data['threads']} threads; GPT-2 (124M) with "
+        f"random weights, {SEQUENCES} sequences of {TOKENS} tokens after a prompt of {PROMPT}; the fastest of "
+        f"{len(data['ours_s'])} interleaved rounds, on a machine with a load of {data['load']:.1f} before.\n",
+        f"```\npython -m bench.generate{' --nanogpt DIR' if sampled else ''}\n```\n",
+        "| | tokens/s | median round | seconds in all | ratio to nanoGPT | of the limit |\n|---|" + "--:|" * 5,
+    ]
+    for name, fastest, middle in rows:
+        ratio = f"{rows[-1][1] / fastest:.1f}" if sampled else "–"
+        lines.append(
+            f"| {name} | {drawn / fastest:,.1f} | {drawn / middle:,.1f} | {fastest:,.1f} | {ratio} | "
+            f"{100 * drawn / fastest / limit:.1f} % |"
+        )
+    lines.append(
+        f"\nLimit: {limit:,.0f} tokens/s, {SEQUENCES} for each {data['bytes_per_step'] / 1e6:.0f} MB of weights read "
+        f"at {max(data['bytes_per_s']) / 1e9:.1f} GB/s."
+    )
+    if sampled:
+        times = ", ".join(f"{length}: {min(seconds):.2f}" for length, seconds in sampled.items())
+        lines.append(
+            f"\nnanoGPT's sampler was run for one token at {len(sampled)} lengths of the text, and its whole time is "
+            f"the sum over all {TOKENS} lengths of the line between them. Seconds at each length: {times}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def main(argv: Sequence[str]) -> None:
+    parser = argparse.ArgumentParser(prog="python -m bench.generate", description=__doc__.splitlines()[0])
+    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, whose model.py is measured")
+    nanogpt = parser.parse_args(argv).nanogpt
+    if nanogpt and not (nanogpt / "model.py").is_file():
+        raise SystemExit(f"bench: {nanogpt}/model.py does not exist; give --nanogpt a checkout of nanoGPT")
+    if (busy := os.getloadavg()[0]) > BUSY:
+        sys.stderr.write(f"bench: other processes are at work (load {busy:.1f}); rates will be too low and uneven\n")
+    data = measure(nanogpt)
+    write_json(DATA, data)
+    write_text(RESULT, tabulate(data))
+    print(tabulate(data))
+
+
+if __name__ == "__main__":
+    main(sys.argv[1:])
