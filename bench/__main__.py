@@ -126,8 +126,8 @@ def tabulate(rows: Sequence[Row], peak: dict) -> str:
 def describe_run(threads: int, argv: Sequence[str]) -> str:
     command = " ".join(["python -m bench", *argv])
     return (
-        f"# Training throughput on the CPU\n\n{date.today()}, {describe_processor()}, {threads} threads; the fastest of "
-        f"{ROUNDS} interleaved rounds of {STEPS} steps, after a warm-up.\n\n```\n{command}\n```\n\n"
+        f"# Training throughput on the CPU\n\n{date.today()}, {describe_processor()}, {threads} threads; the fastest "
+        f"of {ROUNDS} interleaved rounds of {STEPS} steps, after a warm-up.\n\n```\n{command}\n```\n\n"
     )
 
 

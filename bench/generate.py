@@ -14,7 +14,6 @@ and values, which are read as well, are not counted, so that 100 % is out of rea
 """
 
 import argparse
-import importlib.util
 import os
 import sys
 import time
@@ -30,6 +29,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from bench.baseline import import_nanogpt
 from bench.machine import BUSY, describe_processor
 from gpt2.files import write_json, write_text
 from gpt2.generate import SamplingConfig, draw_tokens
@@ -67,10 +67,7 @@ def time_nanogpt(model: nn.Module, length: int) -> float:
 
 
 def build_nanogpt(checkout: Path) -> nn.Module:
-    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    nanogpt = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = nanogpt
-    spec.loader.exec_module(nanogpt)
+    nanogpt = import_nanogpt(checkout)
     # The padded vocabulary of its own train.py.
     return nanogpt.GPT(nanogpt.GPTConfig(**SHAPE, vocab_size=50304, dropout=0.0, bias=True)).eval()
 

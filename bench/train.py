@@ -1,7 +1,6 @@
 """One row of the benchmark: a process that trains the tiny model, as many steps as each line of its input says."""
 
 import argparse
-import importlib.util
 import json
 import os
 import sys
@@ -16,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from bench.baseline import import_nanogpt
 from gpt2.data import TrainOrder
 from gpt2.dist import Dist, distributed
 from gpt2.hardware import HardwareConfig
@@ -79,10 +79,7 @@ def train_transformers(task: Task) -> Step:
 
 def train_nanogpt(task: Task, checkout: Path, compiled: bool) -> Step:
     """nanoGPT's model with the optimizer that its configure_optimizers builds for a CPU."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    nanogpt = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = nanogpt
-    spec.loader.exec_module(nanogpt)
+    nanogpt = import_nanogpt(checkout)
     shape, config = task.shape, task.config
     sizes = {"n_layer": shape.n_layer, "n_head": shape.n_head, "n_embd": shape.n_embd, "block_size": shape.block_size}
     # The padded vocabulary of its own train.py.
