@@ -10,7 +10,6 @@ OUT/NAME.json; `python -m bench.gpu_table` makes bench/results/gpu.md and its pi
 
 import argparse
 import hashlib
-import importlib.util
 import json
 import os
 import shutil
@@ -25,6 +24,7 @@ from pathlib import Path
 import psutil
 import torch
 
+from bench.baseline import import_nanogpt
 from gpt2.data import TrainOrder
 from gpt2.files import read_json, write_json
 from gpt2.model import GPTConfig
@@ -157,10 +157,7 @@ def disturb(process: subprocess.Popen, folder: Path, experiment: Experiment) -> 
 
 def time_nanogpt(tokens: Path, out: Path, checkout: Path) -> None:
     """Tokens per second and memory of nanoGPT's compiled model with the step of its train.py, after three steps."""
-    spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
-    nanogpt = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = nanogpt
-    spec.loader.exec_module(nanogpt)
+    nanogpt = import_nanogpt(checkout)
     values = {**read(ROOT / "params.yaml"), "scale": "short"}
     config = load("train", TrainConfig, values)
     shape = load("model", GPTConfig, values, norm="preln", vocab_size=50257)
