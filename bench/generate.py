@@ -24,6 +24,8 @@ from statistics import median
 
 # The benchmark is of processors, and a GPU would be picked where there is one.
 os.environ["CUDA_VISIBLE_DEVICES"] = ""
+# Threads that spin while they wait for each other slow a step of the cache tenfold as soon as another process works.
+os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
 import numpy as np
 import torch
@@ -96,15 +98,15 @@ def measure(nanogpt: Path | None) -> dict:
     theirs = build_nanogpt(nanogpt) if nanogpt else None
     prompt = torch.randint(VOCAB_SIZE, (PROMPT,))
     list(draw_tokens(ours, prompt, SamplingConfig(max_tokens=3, num_seq=SEQUENCES), NEVER))
-    seconds, sampled = [], {str(length): [] for length in SAMPLED if theirs}
+    seconds, sampled = [], [(length, []) for length in SAMPLED if theirs]
     if theirs:
         time_nanogpt(theirs, SAMPLED[0])
     bandwidth = []
     for number in range(ROUNDS):
         bandwidth.append(measure_bandwidth())
         seconds.append(time_ours(ours, prompt))
-        for length in sampled:
-            sampled[length].append(time_nanogpt(theirs, int(length)))
+        for length, taken in sampled:
+            taken.append(time_nanogpt(theirs, length))
         sys.stderr.write(f"round {number + 1} of {ROUNDS}: {seconds[-1]:.1f} s\n")
     return {
         "day": date.today().isoformat(), "load": load_before, "processor": describe_processor(), "threads": threads,
@@ -113,11 +115,11 @@ def measure(nanogpt: Path | None) -> dict:
     }  # fmt: skip
 
 
-def whole_time(sampled: dict[str, list[float]], pick: Callable[[Sequence[float]], float]) -> float:
+def whole_time(sampled: Sequence[tuple[int, list[float]]], pick: Callable[[Sequence[float]], float]) -> float:
     """Seconds of nanoGPT for TOKENS tokens, from those of one token at some lengths of the text."""
-    lengths = [int(length) for length in sampled]
+    lengths, seconds = zip(*sampled, strict=True)
     every = np.arange(PROMPT, PROMPT + TOKENS)
-    return float(np.interp(every, lengths, [pick(seconds) for seconds in sampled.values()]).sum())
+    return float(np.interp(every, lengths, [pick(taken) for taken in seconds]).sum())
 
 
 def tabulate(data: dict) -> str:
@@ -145,7 +147,7 @@ def tabulate(data: dict) -> str:
         f"at {max(data['bytes_per_s']) / 1e9:.1f} GB/s."
     )
     if sampled:
-        times = ", ".join(f"{length}: {min(seconds):.2f}" for length, seconds in sampled.items())
+        times = ", ".join(f"{length}: {min(seconds):.2f}" for length, seconds in sampled)
         lines.append(
             f"\nnanoGPT's sampler was run for one token at {len(sampled)} lengths of the text, and its whole time is "
             f"the sum over all {TOKENS} lengths of the line between them. Seconds at each length: {times}."

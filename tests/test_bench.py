@@ -66,13 +66,13 @@ def make_generation(**changed) -> dict:
     """A measurement in which 500 MB are read at 20 GB/s: 40 steps of 5 tokens in a second."""
     few = {"bytes_per_step": 500_000_000, "bytes_per_s": [10e9, 20e9], "ours_s": [50.0, 25.0, 30.0]}
     said = {"day": "2026-01-31", "processor": "a processor", "threads": 2, "load": 0.1}
-    return {**few, **said, "nanogpt_s_at_length": {}, **changed}
+    return {**few, **said, "nanogpt_s_at_length": [], **changed}
 
 
 def test_the_time_of_a_sampler_without_a_cache_is_summed_over_all_lengths():
     # Seconds are 0.01 times the length, known at both ends and in the middle; the slower round is not looked at.
     lengths = (generate.PROMPT, 200, generate.PROMPT + generate.TOKENS - 1)
-    sampled = {str(length): [length, 0.01 * length] for length in lengths}
+    sampled = [(length, [length, 0.01 * length]) for length in lengths]
     exact = 0.01 * sum(range(generate.PROMPT, generate.PROMPT + generate.TOKENS))
     assert generate.whole_time(sampled, min) == pytest.approx(exact)
     table = generate.tabulate(make_generation(nanogpt_s_at_length=sampled))
