@@ -11,7 +11,8 @@ Letters: B sequences, T tokens, C channels, H heads of a layer, D channels of a 
 import copy
 from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
-from typing import NamedTuple
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
@@ -22,12 +23,48 @@ from gpt2.heads import Head, capture_heads, list_heads
 from gpt2.model import GPT, CausalSelfAttention
 from gpt2.prune import remove_heads
 
+Repair = Literal["none", "refit", "merge", "merge_refit"]
+
 
 class Moments(NamedTuple):
     """Mean (K,) and covariance (K, K), float64, of K quantities over the calibration tokens."""
 
     mean: Tensor
     covariance: Tensor
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """What the repairs go by: tokens in windows (N, T + 1), `batch_size` a pass, and what the model does with them.
+
+    similarity (M, M) are the cosines of the attention patterns, `moments` those of gather_moments, `ridge` as in refit.
+    """
+
+    windows: Tensor
+    batch_size: int
+    ridge: float
+    similarity: np.ndarray
+    moments: list[Moments]
+
+
+def calibrate(model: GPT, windows: Tensor, batch_size: int, ridge: float, similarity: np.ndarray) -> Calibration:
+    """Pass the calibration tokens through the model once. Raises UserError if it computes NaN or infinity."""
+    return Calibration(windows, batch_size, ridge, similarity, gather_moments(model, windows, batch_size))
+
+
+def remove_and_repair(model: GPT, order: Sequence[Head], repair: Repair, calibration: Calibration) -> GPT:
+    """A copy of the model without these heads, of which the first went first, repaired.
+
+    Only merge_refit takes another pass over the calibration tokens; without heads to remove, nothing changes.
+    """
+    if repair == "none" or not order:
+        return remove_heads(model, order)
+    if repair == "refit":
+        return refit(model, order, calibration.moments, calibration.ridge)
+    merged = merge(model, order, calibration.similarity, calibration.moments)
+    if repair == "merge":
+        return merged
+    return refit_to(model, merged, calibration.windows, calibration.batch_size, calibration.ridge)
 
 
 @torch.no_grad()
