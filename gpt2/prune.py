@@ -28,8 +28,9 @@ class PruneConfig(Config):
     calibration_tokens: PositiveInt
     scoring_tokens: PositiveInt
     eval_tokens: PositiveInt
-    # How strongly a refit holds on to the weights, relative to the mean variance of the channels it acts on.
-    ridge: Annotated[float, Field(gt=0)]
+    # How strongly a refit holds on to the weights, relative to the mean square of the channels it acts on;
+    # with less than this bound, rounding may leave the equations without a solution.
+    ridge: Annotated[float, Field(ge=1e-9)]
     # Sequences per forward pass.
     batch_size: PositiveInt
     # The saved model has the most heads removed for a rise of perplexity below this.

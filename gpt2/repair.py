@@ -89,7 +89,7 @@ def refit(model: GPT, removed: Collection[Head], moments: Sequence[Moments], rid
     """A copy of the model without these heads, each c_proj refitted to the attention output of the whole model.
 
     In a layer that loses heads it minimises, over changes X of the weights that are left and over the bias, the mean
-    over the calibration tokens of |original output - output|^2, plus ridge * m * |X|^2, where m is the mean variance of
+    over the calibration tokens of |original output - output|^2, plus ridge * m * |X|^2, where m is the mean square of
     the channels that are left. So without evidence the weights stay as they are. `moments` are the whole model's, from
     gather_moments. A layer takes about K^3 / 3 + 2 K^2 C operations in float64.
     """
@@ -134,10 +134,11 @@ def refit_to(model: GPT, changed: GPT, windows: Tensor, batch_size: int, ridge: 
 
 def _correct(c_proj: nn.Linear, inputs: Moments, mean_error: Tensor, covariance: Tensor, ridge: float) -> None:
     """Add to c_proj the ridge regression of an error (mean (C,), covariance with the inputs (K, C)) on its inputs."""
-    scale = inputs.covariance.diagonal().mean() if len(inputs.mean) else inputs.mean.sum()
-    # Channels that never vary have no covariance with anything either.
-    strength = (ridge * scale).clamp(min=torch.finfo(torch.float64).tiny)
-    penalised = inputs.covariance + strength * torch.eye(len(inputs.mean), dtype=torch.float64, device=strength.device)
+    penalised = inputs.covariance.clone()
+    if len(inputs.mean):
+        # Not the variance, of which rounding alone is left where channels never vary. All of them may be 0.
+        squares = inputs.covariance.diagonal() + inputs.mean.square()
+        penalised.diagonal().add_((ridge * squares.mean()).clamp(min=torch.finfo(torch.float64).tiny))
     change = torch.cholesky_solve(covariance, torch.linalg.cholesky(penalised))
     c_proj.weight.copy_(c_proj.weight.double() + change.t())
     c_proj.bias.copy_(c_proj.bias.double() + mean_error - inputs.mean @ change)

@@ -177,7 +177,7 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
     metrics = {"baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0], "calibration_tokens": 16384}
     for column in powers:
         prefix = "" if column == "redundancy" else f"{column}_"
-        rise, most = (2.1, 37.5) if "refit" in column or "merge" in column else (4.4, 18.75)
+        rise, most = (2.1, 37.5) if "refit" in column or "merge" in column else (3.1, 18.75)
         metrics |= {f"{prefix}perplexity_rise_percent_at_15": rise, f"{prefix}max_pruned_percent_below_5": most}
     metrics["random_perplexity_rise_percent_at_15"] = 4.9
     write_json(root / "metrics/prune.json", metrics)
