@@ -33,7 +33,7 @@ NORM_COLOURS = {"preln": "#0072b2", "postln": "#d55e00", "deepnorm": "#009e73"}
 CRITERION_COLOURS = {"redundancy": "#cc79a7", "taylor": "#e69f00", "magnitude": "#56b4e9", "random": GREY}
 GROUP_COLOURS = dict(zip(WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=True))
 MARKERS = "os^D"
-REPAIR_LINES = {"none": "-", "refit": "-", "merge": ":", "merge and refit": "--"}
+REPAIR_LINES = {"none": "-", "refit": "-", "stepwise refit": "-.", "merge": ":", "merge and stepwise refit": "--"}
 WIDTH = 8.0  # inches; with DPI it is 1,200 pixels, half as much again as a README shows
 DPI = 150
 RUN = ["norm", "max_lr", "warmup_steps", "seed"]  # what tells the runs of the norm study apart
@@ -240,8 +240,8 @@ def draw_prune(results: Results) -> Figure:
             if criterion == "random":
                 low, high = rise[f"{column}_low"], rise[f"{column}_high"]
                 axes.fill_between(removed, low, high, color=GREY, alpha=0.2, linewidth=0)
-        axes.axhline(MAX_RISE_PERCENT, color=INK, linestyle="--", linewidth=0.8, zorder=1)
-        axes.axvline(15, color=GREY, linestyle=":", linewidth=1)
+        limit = axes.axhline(MAX_RISE_PERCENT, color=INK, linestyle="--", linewidth=0.8, zorder=1)
+        claimed = axes.axvline(15, color=GREY, linestyle=":", linewidth=1)
         axes.set_yscale("symlog", linthresh=10)
         axes.set_yticks(RISES, [f"{rise:,}" for rise in RISES])
         axes.minorticks_off()
@@ -249,6 +249,8 @@ def draw_prune(results: Results) -> Figure:
         axes.set_xlabel("Heads removed (%)")
     for repair in REPAIRS.values():
         panels[1].plot([], [], REPAIR_LINES[repair], color=INK, label=repair)
+    limit.set_label(f"{MAX_RISE_PERCENT} %")
+    claimed.set_label("15 % of heads")
     panels[0].set_title("without repair", size=9, color=INK)
     panels[1].set_title("with repair", size=9, color=INK)
     panels[0].set_ylabel("Rise of perplexity (%)")

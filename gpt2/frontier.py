@@ -34,12 +34,14 @@ class Column(NamedTuple):
         return self.criterion if self.repair == "none" else f"{self.criterion}_{self.repair}"
 
 
-# Redundancy alone says which head is the twin of which.
+# Redundancy alone says which head is the twin of which. The repairs that pass all calibration tokens through the model
+# for each set of heads are left to the criteria that the others are measured by.
 COLUMNS = (
     *(Column(criterion, repair) for criterion in CRITERIA for repair in ("none", "refit")),
-    Column("redundancy", "merge"),
-    Column("redundancy", "merge_refit"),
+    *(Column(criterion, "stepwise") for criterion in ("redundancy", "taylor")),
+    *(Column("redundancy", repair) for repair in ("merge", "merge_refit")),
 )
+STEPWISE = tuple(column for column in COLUMNS if column.repair in ("stepwise", "merge_refit"))
 # Random orders stand for comparison and decide nothing.
 SELECTABLE = tuple(column for column in COLUMNS if column.criterion != "random")
 

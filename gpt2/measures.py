@@ -23,8 +23,16 @@ MAX_RISE_PERCENT = 5
 # What chooses the heads to remove, and by what the others then make up for them, as columns of prune/frontier.csv name
 # them. Plain redundancy is the reference's way.
 CRITERIA = ("redundancy", "taylor", "magnitude", "random")
-REPAIRS = {"refit": "refit", "merge": "merge", "merge_refit": "merge and refit"}
-REPAIRED = (*(f"{criterion}_refit" for criterion in CRITERIA), "redundancy_merge", "redundancy_merge_refit")
+REPAIRS = {
+    "refit": "refit",
+    "stepwise": "stepwise refit",
+    "merge": "merge",
+    "merge_refit": "merge and stepwise refit",
+}
+REPAIRED = (
+    *(f"{criterion}_refit" for criterion in CRITERIA),
+    *("redundancy_stepwise", "taylor_stepwise", "redundancy_merge", "redundancy_merge_refit"),
+)
 # Random choices stand for comparison.
 CHOSEN_REPAIRED = tuple(name for name in REPAIRED if not name.startswith("random"))
 # Goal of this project: so many times the heads that plain redundancy can remove, with a repair.

@@ -1,7 +1,8 @@
 """Making good, without training, what a model loses with its heads: two closed-form repairs.
 
 refit: the columns of c_proj that are left, and its bias, take over what the removed heads wrote, as far as that is a
-linear function of what the heads that are left put out (ridge least squares on calibration tokens).
+linear function of what the heads that are left put out (ridge least squares on calibration tokens). Stepwise, one layer
+after the other also takes back what the layers before it lost.
 merge: the value and output circuit of a removed head is folded into its twin, the head of the layer with the most
 similar pattern. Where the patterns are equal, nothing is lost but what D channels cannot carry.
 
@@ -23,7 +24,7 @@ from gpt2.heads import Head, capture_heads, list_heads
 from gpt2.model import GPT, CausalSelfAttention
 from gpt2.prune import remove_heads
 
-Repair = Literal["none", "refit", "merge", "merge_refit"]
+Repair = Literal["none", "refit", "stepwise", "merge", "merge_refit"]
 
 
 class Moments(NamedTuple):
@@ -55,16 +56,20 @@ def calibrate(model: GPT, windows: Tensor, batch_size: int, ridge: float, simila
 def remove_and_repair(model: GPT, order: Sequence[Head], repair: Repair, calibration: Calibration) -> GPT:
     """A copy of the model without these heads, of which the first went first, repaired.
 
-    Only merge_refit takes another pass over the calibration tokens; without heads to remove, nothing changes.
+    none, refit and merge take no further pass over the calibration tokens, the others those of refit_stepwise. Without
+    heads to remove, nothing changes.
     """
     if repair == "none" or not order:
         return remove_heads(model, order)
     if repair == "refit":
         return refit(model, order, calibration.moments, calibration.ridge)
-    merged = merge(model, order, calibration.similarity, calibration.moments)
+    if repair == "stepwise":
+        changed = remove_heads(model, order)
+    else:
+        changed = merge(model, order, calibration.similarity, calibration.moments)
     if repair == "merge":
-        return merged
-    return refit_to(model, merged, calibration.windows, calibration.batch_size, calibration.ridge)
+        return changed
+    return refit_stepwise(model, changed, calibration.windows, calibration.batch_size, calibration.ridge)
 
 
 @torch.no_grad()
@@ -110,25 +115,30 @@ def refit(model: GPT, removed: Collection[Head], moments: Sequence[Moments], rid
 
 
 @torch.no_grad()
-def refit_to(model: GPT, changed: GPT, windows: Tensor, batch_size: int, ridge: float) -> GPT:
-    """A copy of `changed`, a version of the model with other heads, with each c_proj refitted as in `refit`.
+def refit_stepwise(model: GPT, changed: GPT, windows: Tensor, batch_size: int, ridge: float) -> GPT:
+    """A copy of `changed`, the model with fewer or other heads, with c_proj of layer after layer refitted.
 
-    For heads whose outputs are no selection of the model's. Each layer of `changed` gets the inputs of the model's. It
-    takes a pass of the model and the attention of both, and 8 L (K + C + 1)^2 bytes. Raises UserError if one computes
-    NaN or infinity.
+    As in `refit`, but each layer has the input that the layers before it, refitted already, give it, and its output is
+    to make the residual stream after the attention what it is in the model: it takes back what went astray before.
+    This takes a pass of the model and two of `changed` over windows (N, T + 1), and 8 N T C + 8 (K + C + 1)^2 bytes.
+    Raises UserError if one computes NaN or infinity.
     """
     device, C = model.wte.weight.device, model.config.n_embd
-    sums = [_Sums(n_head * changed.config.head_dim + C, device) for n_head in changed.config.layer_heads]
-    for batch in windows.split(batch_size):
-        with capture_heads(changed) as captured, _capture_errors(model, changed) as errors:
-            model.hidden(batch[:, :-1].to(device))
-        for total, outputs, error in zip(sums, _by_layer(changed, captured.output), errors, strict=True):
-            total.add(*outputs, error)
     refitted = copy.deepcopy(changed)
-    for block, total in zip(refitted.h, sums, strict=True):
+    tokens = [batch[:, :-1].to(device) for batch in windows.split(batch_size)]
+    targets = [model.wte(idx) + model.wpe.weight[: idx.shape[1]] for idx in tokens]
+    states = list(targets)
+    for original, block in zip(model.h, refitted.h, strict=True):
+        total = _Sums(block.attn.n_head * block.attn.head_dim + C, device)
+        for i, (target, state) in enumerate(zip(targets, states, strict=True)):
+            with _watch(original.attn) as aim, _watch(block.attn) as found:
+                targets[i] = original(target)
+                block(state)
+            total.add(*found.outputs, block.alpha * (target - state) + aim.written[0] - found.written[0])
         mean, covariance = total.moments()
         own = Moments(mean[:-C], covariance[:-C, :-C])
         _correct(block.attn.c_proj, own, mean[-C:], covariance[:-C, -C:], ridge)
+        states = [block(state) for state in states]
     return refitted
 
 
@@ -221,18 +231,23 @@ def _by_layer(model: GPT, outputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
         yield [next(captured).flatten(2)] if n_head else []
 
 
+class _Watched(NamedTuple):
+    """Of the attention of a layer: the outputs (B, T, K) of its heads, if it has any, and what it writes (B, T, C)."""
+
+    outputs: list[Tensor]
+    written: list[Tensor]
+
+
 @contextmanager
-def _capture_errors(model: GPT, changed: GPT) -> Iterator[list[Tensor]]:
-    """Collect by how much each attention output of the model exceeds what `changed` makes of the same input."""
-    errors, hooks = [], []
-    for block, other in zip(model.h, changed.h, strict=True):
-
-        def keep(module, args, output, other=other) -> None:
-            errors.append(output - other.attn(*args))
-
-        hooks.append(block.attn.register_forward_hook(keep))
+def _watch(attn: CausalSelfAttention) -> Iterator[_Watched]:
+    """Collect what the attention of a layer computes; the hooks are gone after the block."""
+    watched = _Watched([], [])
+    hooks = (
+        attn.c_proj.register_forward_pre_hook(lambda module, args: watched.outputs.append(args[0])),
+        attn.register_forward_hook(lambda module, args, output: watched.written.append(output)),
+    )
     try:
-        yield errors
+        yield watched
     finally:
         for hook in hooks:
             hook.remove()

@@ -219,7 +219,8 @@ def describe_pruning(results: Results, figures: Mapping[str, str]) -> str:
     )
     repairs = (
         f"The repairs take no training, but {number(results.value('prune.calibration_tokens'))} tokens of the training "
-        "split. Refit: what the removed heads wrote is regressed on the outputs of those that are left in the layer. "
+        "split. Refit: what the removed heads wrote is regressed on the outputs of those that are left in the layer; "
+        "stepwise, each layer also makes good what the layers before it lost. "
         "Merge: the value and output circuit of a removed head is folded into the head of the most similar pattern."
     )
     rows = [
