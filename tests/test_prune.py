@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt2 import criteria, frontier, params
+from gpt2 import criteria, frontier, measures, params
 from gpt2.criteria import CRITERIA, mask_heads, order_by_redundancy, order_by_score
 from gpt2.data import eval_windows
 from gpt2.evaluate import mean_loss
@@ -262,6 +262,12 @@ def make_frontier(**rises: list[float]) -> Frontier:
     columns = {column.name: [50, 50, 50] for column in frontier.COLUMNS}
     perplexity = {name: [100.0, *(100 + rise for rise in values)] for name, values in (columns | rises).items()}
     return Frontier([0, 1, 2, 3], perplexity)
+
+
+def test_the_report_reads_every_column():
+    assert sorted(column.name for column in frontier.COLUMNS) == sorted((*measures.CRITERIA, *measures.REPAIRED))
+    assert sorted(measures.CHOSEN_REPAIRED) == sorted(c.name for c in frontier.SELECTABLE if c.repair != "none")
+    assert {column.repair for column in frontier.COLUMNS} == {"none", *measures.REPAIRS}
 
 
 ORDERS = {name: [[Head(layer, i) for layer in range(4)]] for i, name in enumerate(CRITERIA)}
