@@ -182,9 +182,9 @@ def merge(model: GPT, order: Sequence[Head], similarity: np.ndarray, moments: Se
     """
     merged = remove_heads(model, order)
     twins = pair_heads(order, similarity, list_heads(model.config))
-    folds = list(zip(order, twins, strict=True))
+    folds = [(head, None if twin is None else twin.index) for head, twin in zip(order, twins, strict=True)]
     for layer, (whole, left) in enumerate(zip(model.h, merged.h, strict=True)):
-        here = [(head.index, twin and twin.index) for head, twin in folds if head.layer == layer]
+        here = [(head.index, twin) for head, twin in folds if head.layer == layer]
         if here:
             _fold(whole.attn, left.attn, here, moments[layer])
     return merged
