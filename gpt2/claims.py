@@ -174,10 +174,28 @@ CLAIMS = (
         Claim(
             "pruning",
             f"15 % of the heads cost less than 5 % of perplexity, chosen by {criterion}",
-            f"`prune.{prefix}perplexity_rise_percent_at_15` < {measures.MAX_RISE_PERCENT}",
-            partial(measures.measure_pruning, criterion=criterion),
+            f"`{measures.pruning_key(criterion, 'perplexity_rise_percent_at_15')}` < {measures.MAX_RISE_PERCENT}",
+            partial(measures.measure_pruning, column=criterion),
         )
-        for criterion, prefix in {"redundancy": "", "taylor": "taylor_", "magnitude": "magnitude_"}.items()
+        for criterion in ("redundancy", "taylor", "magnitude")
+    ),
+    *(
+        Claim(
+            "pruning",
+            "Taken by {} and repaired by {}, 15 % of the heads cost less than 5 % of perplexity".format(
+                *measures.name_pruning(column)
+            ),
+            f"`{measures.pruning_key(column, 'perplexity_rise_percent_at_15')}` < {measures.MAX_RISE_PERCENT}",
+            partial(measures.measure_pruning, column=column),
+        )
+        for column in measures.CHOSEN_REPAIRED
+    ),
+    Claim(
+        "pruning",
+        "A repair without training lets twice the heads go that redundancy alone does, for under 5 % of perplexity",
+        f"highest `prune.*_max_pruned_percent_below_5` with a repair ≥ {measures.REPAIR_GAIN} × "
+        "`prune.max_pruned_percent_below_5`",
+        measures.measure_repair,
     ),
     Claim(
         "pruning",

@@ -14,10 +14,14 @@ from matplotlib.ticker import LogFormatter
 
 from gpt2.files import atomic_path
 from gpt2.measures import (
+    CRITERIA,
     EMBEDDINGS,
     HELLASWAG_CHANCE,
     MAX_RISE_PERCENT,
+    REPAIRED,
+    REPAIRS,
     WORD_GROUPS,
+    name_pruning,
     read_vocabularies,
     standard_error,
 )
@@ -29,6 +33,7 @@ NORM_COLOURS = {"preln": "#0072b2", "postln": "#d55e00", "deepnorm": "#009e73"}
 CRITERION_COLOURS = {"redundancy": "#cc79a7", "taylor": "#e69f00", "magnitude": "#56b4e9", "random": GREY}
 GROUP_COLOURS = dict(zip(WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=True))
 MARKERS = "os^D"
+REPAIR_LINES = {"none": "-", "refit": "-", "stepwise refit": "-.", "merge": ":", "merge and stepwise refit": "--"}
 WIDTH = 8.0  # inches; with DPI it is 1,200 pixels, half as much again as a README shows
 DPI = 150
 RUN = ["norm", "max_lr", "warmup_steps", "seed"]  # what tells the runs of the norm study apart
@@ -217,23 +222,39 @@ def draw_heads(results: Results) -> Figure:
 
 
 def draw_prune(results: Results) -> Figure:
-    """Rise of perplexity against the share of heads removed, for each criterion."""
-    columns = ["heads_removed_percent", *CRITERION_COLOURS, "random_low", "random_high"]
-    table = results.table("prune/frontier.csv", columns)
+    """Rise of perplexity against the share of heads removed: left without repair, right with it."""
+    ranges = [f"{name}_{end}" for name in ("random", "random_refit") for end in ("low", "high")]
+    table = results.table("prune/frontier.csv", ["heads_removed_percent", *CRITERIA, *REPAIRED, *ranges])
     baseline = results.value("prune.baseline_perplexity")
-    removed, rise = table["heads_removed_percent"], 100 * (table[columns[1:]] / baseline - 1)
-    figure, (axes,) = _panels(1, 4.0)
-    axes.fill_between(removed, rise["random_low"], rise["random_high"], color=GREY, alpha=0.2, linewidth=0)
-    for (criterion, colour), marker in zip(CRITERION_COLOURS.items(), MARKERS, strict=True):
-        axes.plot(removed, rise[criterion], f"{marker}-", color=colour, markersize=4, label=criterion)
-    _level(axes, MAX_RISE_PERCENT, f"{MAX_RISE_PERCENT} %")
-    axes.axvline(15, color=GREY, linestyle=":", linewidth=1, label="15 % of heads")
-    axes.set_yscale("symlog", linthresh=10)
-    axes.set_yticks(RISES, [f"{rise:,}" for rise in RISES])
-    axes.minorticks_off()
-    axes.set_ylim(min(-1, 1.2 * np.nanmin(rise)), max(12, 1.2 * np.nanmax(rise)))
-    axes.set(xlabel="Heads removed (%)", ylabel="Rise of perplexity (%)")
-    _legend(figure, [axes])
+    removed, rise = table["heads_removed_percent"], 100 * (table[[*CRITERIA, *REPAIRED, *ranges]] / baseline - 1)
+    figure, panels = _panels(2, 4.2)
+    for axes, columns in zip(panels, (CRITERIA, REPAIRED), strict=True):
+        for column in columns:
+            criterion, repair = name_pruning(column)
+            marker, line = MARKERS[CRITERIA.index(criterion)], REPAIR_LINES[repair]
+            # The legend tells criteria by the left panel, and repairs by their lines.
+            label = criterion if repair == "none" else None
+            axes.plot(
+                removed, rise[column], marker + line, color=CRITERION_COLOURS[criterion], markersize=4, label=label
+            )
+            if criterion == "random":
+                low, high = rise[f"{column}_low"], rise[f"{column}_high"]
+                axes.fill_between(removed, low, high, color=GREY, alpha=0.2, linewidth=0)
+        limit = axes.axhline(MAX_RISE_PERCENT, color=INK, linestyle="--", linewidth=0.8, zorder=1)
+        claimed = axes.axvline(15, color=GREY, linestyle=":", linewidth=1)
+        axes.set_yscale("symlog", linthresh=10)
+        axes.set_yticks(RISES, [f"{rise:,}" for rise in RISES])
+        axes.minorticks_off()
+        axes.set_ylim(min(-1, 1.2 * np.nanmin(rise)), max(12, 1.2 * np.nanmax(rise)))
+        axes.set_xlabel("Heads removed (%)")
+    for repair in REPAIRS.values():
+        panels[1].plot([], [], REPAIR_LINES[repair], color=INK, label=repair)
+    limit.set_label(f"{MAX_RISE_PERCENT} %")
+    claimed.set_label("15 % of heads")
+    panels[0].set_title("without repair", size=9, color=INK)
+    panels[1].set_title("with repair", size=9, color=INK)
+    panels[0].set_ylabel("Rise of perplexity (%)")
+    _legend(figure, panels)
     return figure
 
 

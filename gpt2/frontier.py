@@ -1,10 +1,11 @@
-"""What removing heads costs and saves: perplexity by criterion, parameters, operations, cache and time."""
+"""What removing heads costs and saves: perplexity by criterion and repair, parameters, operations, cache and time."""
 
 import math
 import statistics
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -12,71 +13,102 @@ from gpt2.criteria import CRITERIA, Order
 from gpt2.evaluate import mean_loss, window_losses
 from gpt2.heads import Head, list_heads
 from gpt2.model import GPT, GPTConfig
-from gpt2.prune import CLAIMED_SHARE, remove_heads
+from gpt2.prune import CLAIMED_SHARE
+from gpt2.repair import Calibration, Repair, remove_and_repair
 
 # Rise of perplexity that the reference allows for CLAIMED_SHARE of the heads.
 CLAIMED_RISE_PERCENT = 5.0
 DIGITS = 6
 SPEED_ROUNDS = 5
+
+
+class Column(NamedTuple):
+    """A way to prune: which heads go, and how the others make up for them."""
+
+    criterion: str
+    repair: Repair
+
+    @property
+    def name(self) -> str:
+        """The criterion, and behind it the repair if there is one."""
+        return self.criterion if self.repair == "none" else f"{self.criterion}_{self.repair}"
+
+
+# Redundancy alone says which head is the twin of which. The repairs that pass all calibration tokens through the model
+# for each set of heads are left to the criteria that the others are measured by.
+COLUMNS = (
+    *(Column(criterion, repair) for criterion in CRITERIA for repair in ("none", "refit")),
+    *(Column(criterion, "stepwise") for criterion in ("redundancy", "taylor")),
+    *(Column("redundancy", repair) for repair in ("merge", "merge_refit")),
+)
+STEPWISE = tuple(column for column in COLUMNS if column.repair in ("stepwise", "merge_refit"))
 # Random orders stand for comparison and decide nothing.
-SELECTABLE = tuple(criterion for criterion in CRITERIA if criterion != "random")
+SELECTABLE = tuple(column for column in COLUMNS if column.criterion != "random")
 
 
 @dataclass(frozen=True)
 class Frontier:
-    """Perplexity of the model with `counts[i]` heads removed: `perplexity[column][i]`.
+    """Perplexity of the model with `counts[i]` heads removed: `perplexity[name][i]`.
 
-    counts begin with 0. The columns are CRITERIA, of which `random` is the mean over seeds, then random_low and
-    random_high, the lowest and highest of them.
+    counts begin with 0. The names are those of COLUMNS; of random orders the mean over seeds, followed by <name>_low
+    and <name>_high, the lowest and highest of them.
     """
 
     counts: list[int]
     perplexity: dict[str, list[float]]
 
-    def rise_percent(self, column: str, count: int) -> float:
+    def rise_percent(self, name: str, count: int) -> float:
         """Rise of perplexity in percent of the whole model's."""
-        values = self.perplexity[column]
+        values = self.perplexity[name]
         return 100 * (values[self.counts.index(count)] / values[0] - 1)
 
-    def most_removed(self, column: str, limit_percent: float) -> int:
+    def most_removed(self, name: str, limit_percent: float) -> int:
         """The largest count whose rise is below the limit; 0 if none is."""
-        return max(count for count in self.counts if count == 0 or self.rise_percent(column, count) < limit_percent)
+        return max(count for count in self.counts if count == 0 or self.rise_percent(name, count) < limit_percent)
 
 
 def measure_frontier(
-    model: GPT, orders: Mapping[str, Sequence[Order]], counts: list[int], windows: Tensor, batch_size: int
+    model: GPT,
+    orders: Mapping[str, Sequence[Order]],
+    counts: list[int],
+    calibration: Calibration,
+    windows: Tensor,
+    batch_size: int,
 ) -> Frontier:
-    """Perplexity on windows (N, T + 1) with the first n heads of every order removed, for n in `counts`.
+    """Perplexity on windows (N, T + 1) with the first n heads of every order removed, for n in `counts`, by COLUMNS.
 
-    A set of heads that several orders share is evaluated once.
+    What several orders share is evaluated once: the whole model, and a set of heads with the same repair.
     """
-    known: dict[frozenset[Head], float] = {}
+    known: dict[tuple[Repair, frozenset[Head]], float] = {}
 
-    def perplexity(removed: frozenset[Head]) -> float:
-        if removed not in known:
-            known[removed] = math.exp(mean_loss(remove_heads(model, removed), windows, batch_size))
-        return known[removed]
+    def perplexity(removed: Order, repair: Repair) -> float:
+        # Merging depends on the order of a set too, but has only one.
+        key = (repair if removed else "none", frozenset(removed))
+        if key not in known:
+            pruned = remove_and_repair(model, removed, repair, calibration)
+            known[key] = math.exp(mean_loss(pruned, windows, batch_size))
+        return known[key]
 
-    samples = {
-        criterion: [[perplexity(frozenset(order[:count])) for order in orders[criterion]] for count in counts]
-        for criterion in CRITERIA
-    }
-    columns = {criterion: list(map(statistics.fmean, values)) for criterion, values in samples.items()}
-    columns["random_low"] = list(map(min, samples["random"]))
-    columns["random_high"] = list(map(max, samples["random"]))
+    columns: dict[str, list[float]] = {}
+    for column in COLUMNS:
+        name, repair, ranked = column.name, column.repair, orders[column.criterion]
+        samples = [[perplexity(order[:count], repair) for order in ranked] for count in counts]
+        columns[name] = list(map(statistics.fmean, samples))
+        if column.criterion == "random":
+            columns |= {f"{name}_low": list(map(min, samples)), f"{name}_high": list(map(max, samples))}
     return Frontier(counts, columns)
 
 
 def choose_removed(
     frontier: Frontier, orders: Mapping[str, Sequence[Order]], limit_percent: float
-) -> tuple[str, Order]:
-    """Criterion and heads of the largest set whose rise of perplexity is below the limit; no heads if none is.
+) -> tuple[Column, Order]:
+    """Column and heads of the largest set whose rise of perplexity is below the limit; no heads if none is.
 
     Among equally large sets the one of lowest perplexity, of equals the first of SELECTABLE.
     """
-    most = {criterion: frontier.most_removed(criterion, limit_percent) for criterion in SELECTABLE}
-    best = min(SELECTABLE, key=lambda name: (-most[name], frontier.rise_percent(name, most[name])))
-    return best, orders[best][0][: most[best]]
+    most = {column: frontier.most_removed(column.name, limit_percent) for column in SELECTABLE}
+    best = min(SELECTABLE, key=lambda column: (-most[column], frontier.rise_percent(column.name, most[column])))
+    return best, orders[best.criterion][0][: most[best]]
 
 
 def params_per_head(config: GPTConfig) -> int:
@@ -119,34 +151,34 @@ def tabulate(model: GPT, frontier: Frontier) -> tuple[list[str], list[list[float
     return ["heads_removed", "heads_removed_percent", *frontier.perplexity, *costs], rows
 
 
-def summarise(model: GPT, frontier: Frontier, criterion: str, removed: Order) -> dict[str, float]:
+def summarise(model: GPT, frontier: Frontier, chosen: Column, removed: Order) -> dict[str, float]:
     """Figures of metrics/prune.json: each column of the frontier at 15 %, then the model saved without `removed`.
 
-    Keys of redundancy, the reference's criterion, have no prefix. pruned_by_<criterion> is 1 for the one that chose
-    the saved model, 0 for all if no head was removed.
+    pruned_by_<column> is 1 for the one that chose the saved model, 0 for all if no head was removed.
     """
     n_heads = len(list_heads(model.config))
     claimed = round(CLAIMED_SHARE * n_heads)
     params_removed = {n: 100 * n * params_per_head(model.config) / model.n_params() for n in (claimed, len(removed))}
     figures = {
         "heads": n_heads,
-        "baseline_perplexity": frontier.perplexity[criterion][0],
+        "baseline_perplexity": frontier.perplexity[chosen.name][0],
         "heads_removed_at_15": claimed,
         "params_removed_percent_at_15": params_removed[claimed],
         "pruned_heads": len(removed),
         "pruned_percent": 100 * len(removed) / n_heads,
         "pruned_params": model.n_params() - len(removed) * params_per_head(model.config),
         "pruned_params_percent": params_removed[len(removed)],
-        "pruned_perplexity": frontier.perplexity[criterion][frontier.counts.index(len(removed))],
-        "pruned_perplexity_rise_percent": frontier.rise_percent(criterion, len(removed)),
+        "pruned_perplexity": frontier.perplexity[chosen.name][frontier.counts.index(len(removed))],
+        "pruned_perplexity_rise_percent": frontier.rise_percent(chosen.name, len(removed)),
     }
-    for column in frontier.perplexity:
-        prefix = "" if column == "redundancy" else f"{column}_"
-        most = frontier.most_removed(column, CLAIMED_RISE_PERCENT)
-        figures[f"{prefix}perplexity_rise_percent_at_15"] = frontier.rise_percent(column, claimed)
+    for name in frontier.perplexity:
+        # The reference's way to prune, plain redundancy, has no prefix.
+        prefix = "" if name == "redundancy" else f"{name}_"
+        most = frontier.most_removed(name, CLAIMED_RISE_PERCENT)
+        figures[f"{prefix}perplexity_rise_percent_at_15"] = frontier.rise_percent(name, claimed)
         figures[f"{prefix}max_pruned_percent_below_5"] = 100 * most / n_heads
-    for name in SELECTABLE:
-        figures[f"pruned_by_{name}"] = int(name == criterion and len(removed) > 0)
+    for column in SELECTABLE:
+        figures[f"pruned_by_{column.name}"] = int(column == chosen and len(removed) > 0)
     return {key: round(value, DIGITS) for key, value in figures.items()}
 
 

@@ -20,6 +20,23 @@ REFERENCE_GPU_HOURS = 2 * 46
 # Of OpenAI's weights on the validation shard of FineWeb-Edu (build-nanogpt).
 REFERENCE_VAL_LOSS = 3.2924
 MAX_RISE_PERCENT = 5
+# What chooses the heads to remove, and by what the others then make up for them, as columns of prune/frontier.csv name
+# them. Plain redundancy is the reference's way.
+CRITERIA = ("redundancy", "taylor", "magnitude", "random")
+REPAIRS = {
+    "refit": "refit",
+    "stepwise": "stepwise refit",
+    "merge": "merge",
+    "merge_refit": "merge and stepwise refit",
+}
+REPAIRED = (
+    *(f"{criterion}_refit" for criterion in CRITERIA),
+    *("redundancy_stepwise", "taylor_stepwise", "redundancy_merge", "redundancy_merge_refit"),
+)
+# Random choices stand for comparison.
+CHOSEN_REPAIRED = tuple(name for name in REPAIRED if not name.startswith("random"))
+# Goal of this project: so many times the heads that plain redundancy can remove, with a repair.
+REPAIR_GAIN = 2
 # One of four endings is right.
 HELLASWAG_CHANCE = 0.25
 WORD_GROUPS = ("rare", "compound", "technical")
@@ -212,14 +229,29 @@ def measure_middle(results: Results) -> Finding:
     return share > max(50, layers), f"{share:.1f} % of {pairs} pairs, in {layers:.1f} % of the layers"
 
 
-def rise_at_15(results: Results, criterion: str) -> float:
-    """Rise of perplexity in percent with 15 % of the heads removed by `criterion`."""
-    prefix = "" if criterion == "redundancy" else f"{criterion}_"
-    return results.value(f"prune.{prefix}perplexity_rise_percent_at_15")
+def name_pruning(column: str) -> tuple[str, str]:
+    """Criterion and repair, in words, of a column of prune/frontier.csv."""
+    criterion, _, repair = column.partition("_")
+    return criterion, REPAIRS.get(repair, "none")
 
 
-def measure_pruning(results: Results, criterion: str) -> Finding:
-    rise = rise_at_15(results, criterion)
+def pruning_key(column: str, figure: str) -> str:
+    """Name of a metric of a column of prune/frontier.csv."""
+    return f"prune.{figure}" if column == "redundancy" else f"prune.{column}_{figure}"
+
+
+def rise_at_15(results: Results, column: str) -> float:
+    """Rise of perplexity in percent with 15 % of the heads removed."""
+    return results.value(pruning_key(column, "perplexity_rise_percent_at_15"))
+
+
+def most_below_5(results: Results, column: str) -> float:
+    """Largest share of the heads, in percent, whose removal raises perplexity by less than 5 %."""
+    return results.value(pruning_key(column, "max_pruned_percent_below_5"))
+
+
+def measure_pruning(results: Results, column: str) -> Finding:
+    rise = rise_at_15(results, column)
     removed, heads = results.value("prune.heads_removed_at_15"), results.value("heads.heads")
     return rise < MAX_RISE_PERCENT, f"{rise:+.2f} % for {number(removed)} of {number(heads)} heads"
 
@@ -227,6 +259,15 @@ def measure_pruning(results: Results, criterion: str) -> Finding:
 def measure_choice(results: Results) -> Finding:
     chosen, random = rise_at_15(results, "redundancy"), rise_at_15(results, "random")
     return chosen < random, f"{chosen:+.2f} % against {random:+.2f} % at random"
+
+
+def measure_repair(results: Results) -> Finding:
+    plain = most_below_5(results, "redundancy")
+    most = {column: most_below_5(results, column) for column in CHOSEN_REPAIRED}
+    best = max(most, key=most.get)
+    criterion, repair = name_pruning(best)
+    measured = f"{number(most[best])} % by {criterion} with {repair} against {number(plain)} %"
+    return most[best] > 0 and most[best] >= REPAIR_GAIN * plain, measured
 
 
 def read_vocabularies(results: Results) -> pd.DataFrame:

@@ -15,13 +15,13 @@ from torch import nn
 from gpt2.data import sample_windows
 from gpt2.dist import Precision, autocast, setup_device
 from gpt2.evaluate import mean_loss
-from gpt2.files import UserError
 from gpt2.hardware import HardwareConfig
 from gpt2.model import GPT, GPTConfig, Norm
 from gpt2.optim import AdamConfig, OptimConfig, build_optimizer, lr_at
 from gpt2.shape import ModelShape
 from gpt2.shards import TokenSet
 from gpt2.stability import DivergenceWatch, count_spikes, has_stalled
+from gpt2.windows import spread_windows
 
 SETTING_COLUMNS = ("norm", "max_lr", "warmup_steps")
 FAULT_COLUMNS = ("loss_spikes", "diverged", "diverged_at_step", "stalled", "max_grad_norm")
@@ -127,23 +127,6 @@ def load_study_data(config: NormStudyConfig, train: TokenSet, val: TokenSet) -> 
     ids = torch.from_numpy(np.minimum(ranks, config.vocab_size - 1))
     train_windows, val_windows = ids[train_windows], ids[val_windows]
     return StudyData(train_windows, val_windows, config.vocab_size, *unigram_losses(train_windows, val_windows))
-
-
-def spread_windows(tokens: TokenSet, block_size: int, n_tokens: int) -> torch.Tensor:
-    """Windows (n_tokens // block_size, block_size + 1) int64 of a split, one every so many.
-
-    A corpus may be ordered by origin, so that one stretch of it is unlike another. Raises UserError if the split is too
-    short or n_tokens less than a window.
-    """
-    count, available = n_tokens // block_size, (tokens.n_tokens - 1) // block_size
-    if not 0 < count <= available:
-        raise UserError(
-            f"{tokens.path} has {tokens.n_tokens} tokens, {available} windows of {block_size}; norm_study asks for "
-            f"{n_tokens} tokens, {count} windows; ask for 1 to {available} or prepare more text"
-        )
-    starts = np.arange(count) * available // count * block_size
-    windows = np.stack([tokens.read(int(start), block_size + 1) for start in starts])
-    return torch.from_numpy(windows.astype(np.int64))
 
 
 def unigram_losses(train: torch.Tensor, val: torch.Tensor) -> tuple[float, float]:

@@ -277,6 +277,7 @@ def check_text(plan: Plan, volume: Volume, steps: int) -> Finding:
     wanted = [
         ("train", "train.tokens_per_step", plan.train.tokens_per_step),
         ("train", "norm_study.train_tokens", plan.norm_study.train_tokens),
+        ("train", "prune.calibration_tokens", plan.prune.calibration_tokens),
         ("val", "train.eval_tokens", plan.train.eval_tokens),
         ("val", "norm_study.eval_tokens", plan.norm_study.eval_tokens),
         ("val", "heads.n_tokens", plan.heads.n_tokens),

@@ -23,9 +23,14 @@ class PruneConfig(Config):
     shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)]
     # One random order each.
     random_seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    # Validation tokens for the Taylor criterion and test tokens for perplexity, rounded down to whole sequences.
+    # Training tokens for the repairs, validation tokens for the Taylor criterion and test tokens for perplexity, each
+    # rounded down to whole sequences.
+    calibration_tokens: PositiveInt
     scoring_tokens: PositiveInt
     eval_tokens: PositiveInt
+    # How strongly a refit holds on to the weights, relative to the mean square of the channels it acts on;
+    # with less than this bound, rounding may leave the equations without a solution.
+    ridge: Annotated[float, Field(ge=1e-9)]
     # Sequences per forward pass.
     batch_size: PositiveInt
     # The saved model has the most heads removed for a rise of perplexity below this.

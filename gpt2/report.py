@@ -34,7 +34,7 @@ def write_report(results: Results, figures: Mapping[str, str]) -> str:
     rows = [judge(claim, results) for claim in CLAIMS]
     sections = {
         "Results beside the reference": _compare(results),
-        "Claims of the reference": _list_claims(rows),
+        "Claims": _list_claims(rows),
     }
     for study, (title, describe) in STUDIES.items():
         sections[title] = f"{describe(results, figures)}\n\n{studies.list_verdicts(rows, study)}"
@@ -51,8 +51,9 @@ def _summarise(results: Results, rows: Sequence[Row]) -> str:
     counts = {verdict: sum(row.verdict == verdict for row in rows) for verdict in ("passed", "failed", "untested")}
     return (
         f"# Report: scale `{results.scale}`, norm `{results.norm}`\n\n"
-        f"Of {len(rows)} claims of the reference, {counts['passed']} passed, {counts['failed']} failed and "
-        f"{counts['untested']} cannot be tested at this scale{' with loaded weights' if results.loaded_from else ''}."
+        f"Of {len(rows)} claims of the reference and of this project, {counts['passed']} passed, "
+        f"{counts['failed']} failed and {counts['untested']} cannot be tested at this scale"
+        f"{' with loaded weights' if results.loaded_from else ''}."
     )
 
 

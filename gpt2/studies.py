@@ -7,7 +7,18 @@ import pandas as pd
 
 from gpt2.claims import Row
 from gpt2.markup import literal, number, table
-from gpt2.measures import EMBEDDINGS, WORD_GROUPS, name_setting, read_norm_settings, read_vocabularies, rise_at_15
+from gpt2.measures import (
+    CRITERIA,
+    EMBEDDINGS,
+    REPAIRED,
+    WORD_GROUPS,
+    most_below_5,
+    name_pruning,
+    name_setting,
+    read_norm_settings,
+    read_vocabularies,
+    rise_at_15,
+)
 from gpt2.results import Results
 
 MAX_EXAMPLES = 12
@@ -212,7 +223,7 @@ def describe_heads(results: Results, figures: Mapping[str, str]) -> str:
 
 
 def describe_pruning(results: Results, figures: Mapping[str, str]) -> str:
-    """Cost in perplexity of removing heads, by criterion, and what removing them saves."""
+    """Cost in perplexity of removing heads, by criterion and repair, and what removing them saves."""
     sizes = ["params", "flops_per_token", "kv_cache_bytes_per_token"]
     frontier = results.table("prune/frontier.csv", ["heads_removed", *sizes]).set_index("heads_removed")
     removed = results.value("prune.heads_removed_at_15")
@@ -221,20 +232,23 @@ def describe_pruning(results: Results, figures: Mapping[str, str]) -> str:
         f"Removing {number(removed)} of {number(results.value('heads.heads'))} heads takes {saved[0]} of the "
         f"parameters, {saved[1]} of the operations per token and {saved[2]} of the key-value cache."
     )
+    repairs = (
+        f"The repairs take no training, but {number(results.value('prune.calibration_tokens'))} tokens of the training "
+        "split. Refit: what the removed heads wrote is regressed on the outputs of those that are left in the layer; "
+        "stepwise, each layer also makes good what the layers before it lost. "
+        "Merge: the value and output circuit of a removed head is folded into the head of the most similar pattern."
+    )
     rows = [
         (
-            criterion,
-            f"{rise_at_15(results, criterion):+.2f} %",
-            f"{number(results.value(f'prune.{prefix}max_pruned_percent_below_5'))} %",
+            *name_pruning(column),
+            f"{rise_at_15(results, column):+.2f} %",
+            f"{number(most_below_5(results, column))} %",
         )
-        for criterion, prefix in (
-            ("redundancy", ""),
-            *((name, f"{name}_") for name in ("taylor", "magnitude", "random")),
-        )
+        for column in sorted((*CRITERIA, *REPAIRED), key=lambda column: CRITERIA.index(name_pruning(column)[0]))
     ]
-    header = ("Heads chosen by", "Perplexity without 15 % of the heads", "Most heads for under 5 %")
-    picture = f"![Rise of perplexity against heads removed]({figures['prune']})"
-    return "\n\n".join((lead, picture, table(header, rows, "lrr")))
+    header = ("Heads chosen by", "Repair", "Perplexity without 15 % of the heads", "Most heads for under 5 %")
+    picture = f"![Rise of perplexity against heads removed, without and with repair]({figures['prune']})"
+    return "\n\n".join((lead, picture, repairs, table(header, rows, "llrr")))
 
 
 def describe_samples(results: Results) -> str:

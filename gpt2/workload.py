@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gpt2.benchmark import BenchmarkConfig
 from gpt2.checkpoint import KEPT
+from gpt2.frontier import COLUMNS, STEPWISE
 from gpt2.generate import GenerateConfig
 from gpt2.hardware import HardwareConfig
 from gpt2.heads import HeadsConfig
@@ -277,10 +278,17 @@ class Workload:
         n_heads = model.n_layer * model.n_head
         counts = {round(share * n_heads) for share in (CLAIMED_SHARE, *config.shares)}
         # Redundancy, Taylor and magnitude have one order each; the whole model is evaluated once.
-        sets = 1 + len(counts) * (3 + len(config.random_seeds))
+        orders = {"redundancy": 1, "taylor": 1, "magnitude": 1, "random": len(config.random_seeds)}
+        sets = 1 + len(counts) * sum(orders[column.criterion] for column in COLUMNS)
         flops = training_flops_per_token(model) * config.scoring_tokens
         flops += sets * forward_flops(model, config.eval_tokens)
-        memory = self._training_memory(model, config.batch_size, "float32")
+        # gather_moments passes the calibration tokens once, refit_stepwise three times for each of its sets; products
+        # are taken of C channels there and of 2 C here.
+        stepwise = len(counts) * len(STEPWISE)
+        flops += (1 + 3 * stepwise) * forward_flops(model, config.calibration_tokens, 0)
+        flops += (1 + 4 * stepwise) * 2 * model.n_layer * model.n_embd**2 * config.calibration_tokens
+        sums = 8 * model.n_embd * (model.n_layer * model.n_embd + config.calibration_tokens)
+        memory = self._training_memory(model, config.batch_size, "float32") + sums
         return self._model_need(self._model_bytes + SMALL_FILE, memory, flops)
 
     def _model_need(self, written: float, memory: float, flops: float, processes: int = 1, parallel: int = 1) -> Need:

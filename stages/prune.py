@@ -1,4 +1,4 @@
-"""prune: which heads the trained model can lose, by four criteria, and the smaller model that is left."""
+"""prune: which heads the trained model can lose, by four criteria and their repairs, and the model that is left."""
 
 from pathlib import Path
 
@@ -10,10 +10,12 @@ from gpt2.files import write_csv, write_json
 from gpt2.frontier import choose_removed, compare_speed, measure_frontier, summarise, tabulate
 from gpt2.hardware import HardwareConfig
 from gpt2.heads import load_similarity
-from gpt2.prune import PruneConfig, count_removals, remove_heads
+from gpt2.prune import PruneConfig, count_removals
+from gpt2.repair import calibrate, remove_and_repair
 from gpt2.shards import TokenSet
 from gpt2.stage import Stage
 from gpt2.weights import load_model, save_model
+from gpt2.windows import spread_windows
 
 MODEL = Path("models/gpt2")
 SIMILARITIES = Path("data/heads.npz")
@@ -28,21 +30,24 @@ def main() -> None:
         config = stage.load("prune", PruneConfig)
         model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
         counts = count_removals(model, config.shares)
-        # Two splits, so that no criterion is judged on tokens it has seen.
-        scoring_set, eval_set = TokenSet(TOKENS, "val"), TokenSet(TOKENS, "test")
+        # Three splits, so that no criterion and no repair is judged on tokens it has seen.
+        calibration_set, scoring_set, eval_set = (TokenSet(TOKENS, split) for split in ("train", "val", "test"))
         require_fit(model, eval_set)
+        seen = spread_windows(calibration_set, model.config.block_size, config.calibration_tokens)
         scoring = eval_windows(scoring_set, model.config.block_size, config.scoring_tokens)
         evaluation = eval_windows(eval_set, model.config.block_size, config.eval_tokens)
 
         similarity = load_similarity(SIMILARITIES, model.config)
         orders = rank_heads(model, similarity, scoring, config.batch_size, config.random_seeds)
-        frontier = measure_frontier(model, orders, counts, evaluation, config.batch_size)
-        criterion, removed = choose_removed(frontier, orders, config.limit_percent)
-        pruned = remove_heads(model, removed)
+        calibration = calibrate(model, seen, config.batch_size, config.ridge, similarity)
+        frontier = measure_frontier(model, orders, counts, calibration, evaluation, config.batch_size)
+        chosen, removed = choose_removed(frontier, orders, config.limit_percent)
+        pruned = remove_and_repair(model, removed, chosen.repair, calibration)
         save_model(pruned, PRUNED)
         write_csv(FRONTIER, *tabulate(model, frontier))
-        tokens = {"scoring_tokens": scoring[:, 1:].numel(), "eval_tokens": evaluation[:, 1:].numel()}
-        write_json(METRICS, {**summarise(model, frontier, criterion, removed), **tokens})
+        windows = {"calibration": seen, "scoring": scoring, "eval": evaluation}
+        tokens = {f"{use}_tokens": rows[:, 1:].numel() for use, rows in windows.items()}
+        write_json(METRICS, {**summarise(model, frontier, chosen, removed), **tokens})
         speed = compare_speed({"full": model, "pruned": pruned}, evaluation[: config.batch_size])
         stage.timed |= {f"{name}_tokens_per_s": figure for name, figure in speed.items()}
 

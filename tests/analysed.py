@@ -18,9 +18,11 @@ SECTIONS = {
     "prune": {
         "shares": [0.1, 0.5],
         "random_seeds": [0, 1],
+        "calibration_tokens": 300,
         "scoring_tokens": 100,
         "eval_tokens": 200,
         "batch_size": 3,
+        "ridge": 1e-3,
         "limit_percent": 5.0,
     },
 }
@@ -53,10 +55,10 @@ def make_windows(n: int, seed: int = 5) -> torch.Tensor:
 
 
 def prepare_folder(folder: Path, model: GPT, n_tokens: int = 500, **changed: dict) -> None:
-    """Write the model, random tokens of the splits val and test, and a params.yaml with `changed` keys of sections."""
+    """Write the model, random tokens of all splits, and a params.yaml with `changed` keys of sections."""
     save_model(model, folder / "models" / "gpt2")
     vocabulary = Vocabulary(encoding="gpt2", vocab_size=VOCAB_SIZE, eot_token=0)
-    for seed, split in enumerate(("val", "test")):
+    for seed, split in enumerate(("val", "test", "train")):
         ids = np.random.default_rng(seed).integers(1, VOCAB_SIZE, n_tokens).astype(np.uint16)
         write_split(folder / "data" / "tokens", split, [(ids, 4 * n_tokens)], vocabulary, shard_tokens=200)
     sections = {name: {**section, **changed.get(name, {})} for name, section in SECTIONS.items()}

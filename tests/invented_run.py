@@ -162,18 +162,25 @@ def _invent_heads(root: Path, n_layer: int, n_head: int) -> None:
 
 
 def _invent_pruning(root: Path, n_heads: int) -> None:
-    columns = ("heads_removed", "heads_removed_percent", *CRITERIA, "random_low", "random_high",
+    plain = dict(zip((*CRITERIA, "random_low", "random_high"), (1.0, 0.8, 2.5, 1.5, 1.1, 2.2), strict=True))
+    powers = plain | {f"{criterion}_refit": power / 2 for criterion, power in plain.items() if "_" not in criterion}
+    powers |= {"random_refit_low": 0.5, "random_refit_high": 1.1}
+    powers |= {"redundancy_stepwise": 0.4, "taylor_stepwise": 0.3}
+    powers |= {"redundancy_merge": 0.7, "redundancy_merge_refit": 0.35}
+    columns = ("heads_removed", "heads_removed_percent", *powers,
                "params", "flops_per_token", "kv_cache_bytes_per_token")  # fmt: skip
     rows = []
     for removed in range(0, n_heads, max(1, n_heads // 16)):
         share = removed / n_heads
-        rises = [30 * math.exp(power * share) for power in (1.0, 0.8, 2.5, 1.5, 1.1, 2.2)]
+        rises = [30 * math.exp(power * share) for power in powers.values()]
         rows.append((removed, 100 * share, *rises, 10**6 - 1000 * removed, 10**7 - 9000 * removed, 8192 - 64 * removed))
     write_csv(root / "plots/prune/frontier.csv", columns, rows)
-    metrics = {"baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0]}
-    for criterion, rise in zip(CRITERIA, (3.1, 2.2, 4.4, 4.9), strict=True):
-        prefix = "" if criterion == "redundancy" else f"{criterion}_"
-        metrics |= {f"{prefix}perplexity_rise_percent_at_15": rise, f"{prefix}max_pruned_percent_below_5": 18.75}
+    metrics = {"baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0], "calibration_tokens": 16384}
+    for column in powers:
+        prefix = "" if column == "redundancy" else f"{column}_"
+        rise, most = (2.1, 37.5) if column not in plain else (3.1, 18.75)
+        metrics |= {f"{prefix}perplexity_rise_percent_at_15": rise, f"{prefix}max_pruned_percent_below_5": most}
+    metrics["random_perplexity_rise_percent_at_15"] = 4.9
     write_json(root / "metrics/prune.json", metrics)
 
 

@@ -54,8 +54,8 @@ SETTINGS = {
     "generate": {"prompts": ["Return the ", "A "], "max_tokens": 4, "num_seq": 2, "temperature": 0.8, "top_k": 50,
                  "top_p": 1.0, "seed": 1},
     "heads": {"n_tokens": 320, "batch_size": 4, "threshold": 0.85, "seed": 1},
-    "prune": {"shares": [0.25, 0.5], "random_seeds": [1, 2], "scoring_tokens": 320, "eval_tokens": 320, "batch_size": 4,
-              "limit_percent": 5.0},
+    "prune": {"shares": [0.25, 0.5], "random_seeds": [1, 2], "calibration_tokens": 320, "scoring_tokens": 320,
+              "eval_tokens": 320, "batch_size": 4, "ridge": 1e-3, "limit_percent": 5.0},
 }  # fmt: skip
 # The keys that design and report rely on.
 KEYS = {
@@ -66,7 +66,8 @@ KEYS = {
     "completion_acc_norm_stderr harness_acc_stderr harness_acc_norm_stderr",
     "heads": "heads threshold redundant_pairs redundant_heads max_similarity mean_similarity untrained_mean_similarity",
     "prune": "baseline_perplexity max_pruned_percent_below_5 perplexity_rise_percent_at_15 "
-    "taylor_perplexity_rise_percent_at_15 magnitude_perplexity_rise_percent_at_15 random_perplexity_rise_percent_at_15",
+    "taylor_perplexity_rise_percent_at_15 magnitude_perplexity_rise_percent_at_15 random_perplexity_rise_percent_at_15 "
+    "redundancy_refit_perplexity_rise_percent_at_15 redundancy_merge_refit_max_pruned_percent_below_5",
     "norm_study": " ".join(
         f"{norm}_{key}"
         for norm in ("preln", "postln", "deepnorm")

@@ -26,7 +26,6 @@ from gpt2.norm_study import (
     curve_rows,
     load_study_data,
     run_rows,
-    spread_windows,
     study_figures,
     table_rows,
     train_run,
@@ -34,6 +33,7 @@ from gpt2.norm_study import (
     wide_rows,
 )
 from gpt2.shards import TokenSet
+from gpt2.windows import spread_windows
 from stages import norm_study
 from tests.training_run import SECTIONS, SHAPE, prepare_folder
 
@@ -366,7 +366,7 @@ def test_parameters_are_refused_by_name(changed, message):
 @pytest.mark.parametrize(
     ("key", "message"),
     [
-        ("eval_tokens", r"data/tokens/val has 4004 tokens, 250 windows of 16; norm_study asks for 20000 tokens"),
+        ("eval_tokens", r"data/tokens/val has 4004 tokens, 250 windows of 16; 20000 tokens, 1250 windows"),
         ("train_tokens", r"data/tokens/train has 8008 tokens, 500 windows of 16; .*; ask for 1 to 500"),
     ],
 )

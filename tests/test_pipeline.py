@@ -35,9 +35,10 @@ from tests.pipeline import (
 LAYERS = {
     "leaf": "files params stage hardware shape dist shards loss stability interrupt heartbeat rows markup machine "
     "units",
-    "core": "model cache layers weights pretrained checkpoint optim data tokenizer items corpus docstrings sources",
+    "core": "model cache layers weights pretrained checkpoint optim data windows tokenizer items corpus docstrings "
+    "sources",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
-    "train_results norm_study generate card export heads redundancy criteria prune frontier",
+    "train_results norm_study generate card export heads redundancy criteria prune repair frontier",
     "whole": "schema volume workload forecast storage preflight check",
     "report": "hellaswag results measures claims studies figures report plots_page status",
 }

@@ -500,6 +500,12 @@ def test_a_split_with_fewer_tokens_than_a_stage_reads_fails(key):
     assert f"tiny.{key}=41,000 of 40,000" in finding.text
 
 
+def test_a_training_split_with_fewer_tokens_than_the_repairs_read_fails():
+    finding = check_text(plan_of(prune__calibration_tokens=3_930_000), VOLUME, 1)
+    assert finding.mark == FAIL
+    assert "tiny.prune.calibration_tokens=3,930,000 of 3" in finding.text
+
+
 # Words
 
 

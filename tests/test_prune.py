@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt2 import criteria, frontier, params
+from gpt2 import criteria, frontier, measures, params
 from gpt2.criteria import CRITERIA, mask_heads, order_by_redundancy, order_by_score
 from gpt2.data import eval_windows
 from gpt2.evaluate import mean_loss
@@ -16,6 +16,7 @@ from gpt2.frontier import Frontier
 from gpt2.heads import Head, list_heads
 from gpt2.model import GPT, GPTConfig
 from gpt2.prune import PruneConfig, count_removals, remove_heads
+from gpt2.repair import calibrate, remove_and_repair
 from gpt2.shards import TokenSet
 from gpt2.weights import load_model, save_model
 from stages import head_similarity
@@ -146,6 +147,8 @@ def test_refuses_shares_of_no_head_or_all(share):
         ("random_seeds", [], r"tiny.prune.random_seeds = \[\]"),
         ("limit_percent", 0, r"tiny.prune.limit_percent = 0"),
         ("eval_tokens", -5, r"tiny.prune.eval_tokens = -5"),
+        ("calibration_tokens", 0, r"tiny.prune.calibration_tokens = 0"),
+        ("ridge", 0, r"tiny.prune.ridge = 0"),
     ],
 )
 def test_refuses_parameters_by_name(key, value, named):
@@ -237,7 +240,8 @@ def test_every_criterion_orders_all_heads(windows):
 def test_frontier_is_the_perplexity_of_the_pruned_models(windows):
     model = make_model()
     orders = criteria.rank_heads(model, np.eye(12), windows, 5, seeds=[0, 1, 2])
-    measured = frontier.measure_frontier(model, orders, [0, 2, 6], windows, batch_size=5)
+    calibration = calibrate(model, make_windows(20, seed=6), 5, 1e-3, np.eye(12))
+    measured = frontier.measure_frontier(model, orders, [0, 2, 6], calibration, windows, batch_size=5)
     baseline = math.exp(mean_loss(model, windows, 5))
     assert all(values[0] == baseline for values in measured.perplexity.values())
     pruned = remove_heads(model, orders["magnitude"][0][:6])
@@ -245,13 +249,25 @@ def test_frontier_is_the_perplexity_of_the_pruned_models(windows):
     samples = [math.exp(mean_loss(remove_heads(model, order[:2]), windows, 5)) for order in orders["random"]]
     random = [measured.perplexity[name][1] for name in ("random", "random_low", "random_high")]
     assert random == [pytest.approx(sum(samples) / 3), min(samples), max(samples)]
+    for column in frontier.COLUMNS[-2:]:
+        repaired = remove_and_repair(model, orders["redundancy"][0][:6], column.repair, calibration)
+        assert measured.perplexity[column.name][2] == math.exp(mean_loss(repaired, windows, 5))
+    refitted = remove_and_repair(model, orders["random"][2][:6], "refit", calibration)
+    found = math.exp(mean_loss(refitted, windows, 5))
+    assert measured.perplexity["random_refit_low"][2] <= found <= measured.perplexity["random_refit_high"][2]
 
 
 def make_frontier(**rises: list[float]) -> Frontier:
     """A frontier of 0, 1, 2 and 3 heads from rises in percent of a perplexity of 100."""
-    columns = {name: [50, 50, 50] for name in (*CRITERIA, "random_low", "random_high")}
+    columns = {column.name: [50, 50, 50] for column in frontier.COLUMNS}
     perplexity = {name: [100.0, *(100 + rise for rise in values)] for name, values in (columns | rises).items()}
     return Frontier([0, 1, 2, 3], perplexity)
+
+
+def test_the_report_reads_every_column():
+    assert sorted(column.name for column in frontier.COLUMNS) == sorted((*measures.CRITERIA, *measures.REPAIRED))
+    assert sorted(measures.CHOSEN_REPAIRED) == sorted(c.name for c in frontier.SELECTABLE if c.repair != "none")
+    assert {column.repair for column in frontier.COLUMNS} == {"none", *measures.REPAIRS}
 
 
 ORDERS = {name: [[Head(layer, i) for layer in range(4)]] for i, name in enumerate(CRITERIA)}
@@ -266,18 +282,19 @@ def test_rise_and_most_removed():
 
 
 @pytest.mark.parametrize(
-    ("rises", "criterion", "n_removed"),
+    ("rises", "name", "n_removed"),
     [
         ({"redundancy": [1, 2, 9], "taylor": [1, 2, 3]}, "taylor", 3),
         ({"redundancy": [1, 2, 9], "magnitude": [3, 1, 9]}, "magnitude", 2),
-        ({"redundancy": [1, 9, 9], "random": [-9, -9, -9]}, "redundancy", 1),
+        ({"taylor": [1, 2, 9], "taylor_refit": [1, 1, 4]}, "taylor_refit", 3),
+        ({"redundancy": [1, 9, 9], "random": [-9, -9, -9], "random_refit": [-9, -9, -9]}, "redundancy", 1),
         ({}, "redundancy", 0),
     ],
-    ids=["more heads win", "then lower perplexity", "random decides nothing", "none qualifies"],
+    ids=["more heads win", "then lower perplexity", "repairs count", "random decides nothing", "none qualifies"],
 )
-def test_choice_of_the_saved_model(rises, criterion, n_removed):
+def test_choice_of_the_saved_model(rises, name, n_removed):
     chosen, removed = frontier.choose_removed(make_frontier(**rises), ORDERS, limit_percent=5.0)
-    assert (chosen, removed) == (criterion, ORDERS[criterion][0][:n_removed])
+    assert (chosen.name, removed) == (name, ORDERS[chosen.criterion][0][:n_removed])
 
 
 def test_costs_count_what_the_pruned_model_has():
@@ -316,14 +333,15 @@ def test_stage_is_reproducible_bit_for_bit(tmp_path, monkeypatch):
     assert figures["heads_removed_at_15"] == 2
     assert all(
         f"{prefix}{key}" in figures
-        for prefix in ("", "taylor_", "magnitude_", "random_")
+        for prefix in ("", *(f"{column.name}_" for column in frontier.COLUMNS if column.name != "redundancy"))
         for key in ("perplexity_rise_percent_at_15", "max_pruned_percent_below_5")
     )
     # The limit lets every share pass; half of the heads is the largest.
     pruned = load_model(tmp_path / "models" / "pruned")
     assert sum(pruned.config.layer_heads) == 12 - figures["pruned_heads"] == 6
     assert pruned.n_params() == figures["pruned_params"]
-    assert sum(figures[f"pruned_by_{name}"] for name in ("redundancy", "taylor", "magnitude")) == 1
+    assert sum(figures[f"pruned_by_{column.name}"] for column in frontier.SELECTABLE) == 1
+    assert figures["calibration_tokens"] == 288
     with open(tmp_path / "plots" / "prune" / "frontier.csv") as file:
         rows = list(csv.DictReader(file))
     assert [int(row["heads_removed"]) for row in rows] == [0, 1, 2, 6]
@@ -353,15 +371,22 @@ def test_stage_saves_the_whole_model_when_no_share_qualifies(tmp_path, monkeypat
     figures = read_json(tmp_path / "metrics" / "prune.json")
     assert figures["perplexity_rise_percent_at_15"] > 1
     assert (figures["pruned_heads"], figures["pruned_perplexity"]) == (0, figures["baseline_perplexity"])
-    assert [figures[f"pruned_by_{name}"] for name in ("redundancy", "taylor", "magnitude")] == [0, 0, 0]
+    assert {figures[f"pruned_by_{column.name}"] for column in frontier.SELECTABLE} == {0}
     saved = load_model(tmp_path / "models" / "pruned")
     assert saved.config == model.config
     assert torch.equal(saved(learned[:, :-1]), load_model(tmp_path / "models" / "gpt2")(learned[:, :-1]))
 
 
-@pytest.mark.parametrize(("key", "split"), [("scoring_tokens", "val"), ("eval_tokens", "test")])
-def test_stage_refuses_too_few_tokens(key, split, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=f"prune: data/tokens/{split} has 500 tokens; 985 are needed"):
+@pytest.mark.parametrize(
+    ("key", "message"),
+    [
+        ("scoring_tokens", "val has 500 tokens; 985 are needed"),
+        ("eval_tokens", "test has 500 tokens; 985 are needed"),
+        ("calibration_tokens", "train has 500 tokens, 20 windows of 24; 1000 tokens, 41 windows, were asked for"),
+    ],
+)
+def test_stage_refuses_too_few_tokens(key, message, tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=f"prune: data/tokens/{message}"):
         run_stages(tmp_path, monkeypatch, make_model(), prune={key: 1000})
 
 
