@@ -179,17 +179,6 @@ CLAIMS = (
         )
         for criterion in ("redundancy", "taylor", "magnitude")
     ),
-    *(
-        Claim(
-            "pruning",
-            "Taken by {} and repaired by {}, 15 % of the heads cost less than 5 % of perplexity".format(
-                *measures.name_pruning(column)
-            ),
-            f"`{measures.pruning_key(column, 'perplexity_rise_percent_at_15')}` < {measures.MAX_RISE_PERCENT}",
-            partial(measures.measure_pruning, column=column),
-        )
-        for column in measures.CHOSEN_REPAIRED
-    ),
     Claim(
         "pruning",
         "A repair without training lets twice the heads go that redundancy alone does, for under 5 % of perplexity",

@@ -12,6 +12,7 @@ from gpt2.measures import (
     EMBEDDINGS,
     REPAIRED,
     WORD_GROUPS,
+    measure_pruning,
     most_below_5,
     name_pruning,
     name_setting,
@@ -242,13 +243,14 @@ def describe_pruning(results: Results, figures: Mapping[str, str]) -> str:
         (
             *name_pruning(column),
             f"{rise_at_15(results, column):+.2f} %",
+            "passed" if measure_pruning(results, column)[0] else "failed",
             f"{number(most_below_5(results, column))} %",
         )
         for column in sorted((*CRITERIA, *REPAIRED), key=lambda column: CRITERIA.index(name_pruning(column)[0]))
     ]
-    header = ("Heads chosen by", "Repair", "Perplexity without 15 % of the heads", "Most heads for under 5 %")
+    header = ("Heads chosen by", "Repair", "Perplexity without 15 %", "Under 5 %", "Most heads for under 5 %")
     picture = f"![Rise of perplexity against heads removed, without and with repair]({figures['prune']})"
-    return "\n\n".join((lead, picture, repairs, table(header, rows, "llrr")))
+    return "\n\n".join((lead, picture, repairs, table(header, rows, "llrlr")))
 
 
 def describe_samples(results: Results) -> str:
