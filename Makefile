@@ -33,5 +33,7 @@ test: setup  ## the test suite
 verify: setup  ## rebuild in a temporary clone and compare with dvc.lock
 	python -m tests.verify
 
-bench: setup  ## the benchmarks; NANOGPT=folder of a nanoGPT checkout adds it as a baseline
+bench: setup  ## the benchmarks; NANOGPT=folder of a nanoGPT checkout adds a baseline, HELLASWAG=file its own items
 	python -m bench $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	python -m bench.generate $(if $(NANOGPT),--nanogpt $(NANOGPT))
+	python -m bench.hellaswag $(if $(HELLASWAG),--items $(HELLASWAG))

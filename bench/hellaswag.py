@@ -1,6 +1,6 @@
 """HellaSwag: the scorer of this project beside the loop of build-nanogpt, on the same model and items in one run.
 
-    python -m bench.hellaswag --items hellaswag_val.jsonl.gz [--scale tiny] [--loop_items 300] [--rounds 3]
+    python -m bench.hellaswag [--items hellaswag_val.jsonl.gz] [--scale tiny] [--loop_items 300] [--rounds 3]
 
 The loop takes one item at a time: it encodes context and endings, pads the four rows to one length, computes the logits
 of all their tokens and the cross-entropy of all of these, and keeps the endings'. It runs on LOOP_ITEMS items spread
@@ -30,7 +30,7 @@ from bench.machine import describe_processor
 from gpt2.dist import setup_device
 from gpt2.files import write_text
 from gpt2.hardware import HardwareConfig
-from gpt2.items import ENDINGS, Benchmark, read_items, tokenize_items
+from gpt2.items import ENDINGS, ITEMS, Benchmark, read_items, tokenize_items
 from gpt2.model import GPT, GPTConfig
 from gpt2.params import load, read
 from gpt2.scoring import HellaswagConfig, ItemSequences, evaluate_benchmark
@@ -116,11 +116,13 @@ def tabulate(seconds: dict[str, tuple[int, float]]) -> str:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.hellaswag", description=__doc__.splitlines()[0])
-    parser.add_argument("--items", type=Path, required=True, help="HellaSwag as JSONL or JSONL.gz")
+    parser.add_argument("--items", type=Path, default=ITEMS, help="JSONL or JSONL.gz (default: %(default)s)")
     parser.add_argument("--scale", default="tiny", help="whose model and batches (default: %(default)s)")
     parser.add_argument("--loop_items", type=int, default=300, help="for the loop (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
     options = parser.parse_args(argv)
+    if not options.items.is_file():
+        raise SystemExit(f"bench.hellaswag: {options.items} does not exist; run make repro, or give --items a file")
     values = {**read(), "scale": options.scale}
     hardware = load("hardware", HardwareConfig, values)
     batch_tokens = load("hellaswag", HellaswagConfig, values).batch_tokens

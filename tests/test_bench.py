@@ -3,14 +3,20 @@
 from types import SimpleNamespace
 
 import pytest
+import torch
 
 import bench.__main__ as bench
-from bench import generate, gpu_table, optimizers
+from bench import generate, gpu_table, hellaswag, optimizers
 from gpt2.files import read_json
+from gpt2.items import tokenize_items
 from gpt2.params import load, read
+from gpt2.scoring import evaluate_benchmark
 from gpt2.shape import ModelShape
+from gpt2.tokenizer import load_encoding
 from tests.analysed import VOCAB_SIZE, make_model
 from tests.closure import ROOT
+from tests.test_harness import random_model
+from tests.test_items import ITEMS
 
 OURS = "this project, 1 process"
 TRANSFORMERS = "transformers GPT2LMHeadModel, eager"
@@ -97,6 +103,24 @@ def test_a_step_reads_every_weight_but_the_positions_once():
     weights = {name: weight for name, weight in model.named_parameters() if name not in ("wpe.weight", "wte.weight")}
     expected = sum(weight.numel() for weight in weights.values()) + VOCAB_SIZE * model.config.n_embd
     assert generate.bytes_per_step(model) == 4 * expected
+
+
+def test_the_loop_chooses_the_endings_that_the_scorer_chooses():
+    model = random_model()
+    looped = hellaswag.choose_one_by_one(model, ITEMS, torch.device("cpu"))
+    scored = evaluate_benchmark(model, tokenize_items(ITEMS, load_encoding()), "completion", 512)[1]
+    assert {kind: scored[f"completion_{kind}"] for kind in looped} == looped
+
+
+def test_rates_of_scoring_are_compared_item_by_item():
+    table = hellaswag.tabulate({"loop": (100, 20.0), "scorer": (100, 2.0), "scorer, all": (1000, 40.0)})
+    assert [read_cells(table, name)[-1] for name in ("loop", "scorer", "scorer, all")] == ["1.00", "10.00", "5.00"]
+    assert read_cells(table, "loop")[1:4] == ["100", "20.00", "200.00"]
+
+
+def test_scoring_names_missing_items():
+    with pytest.raises(SystemExit, match=r"absent\.jsonl does not exist"):
+        hellaswag.main(["--items", "absent.jsonl"])
 
 
 def test_the_page_on_generation_says_what_its_measurement_says():
