@@ -18,16 +18,16 @@ CRITERIA = ("redundancy", "taylor", "magnitude", "random")
 
 
 def rank_heads(
-    model: GPT, similarity: np.ndarray, windows: Tensor, batch_size: int, seeds: Sequence[int]
+    model: GPT, similarity: np.ndarray, taylor: Sequence[Tensor], seeds: Sequence[int]
 ) -> dict[str, list[Order]]:
     """The orders of each criterion: one each, for random one a seed.
 
-    similarity (M, M) are the cosines of the attention patterns; windows (N, T + 1) the tokens that `taylor` looks at.
+    similarity (M, M) are the cosines of the attention patterns; taylor is what score_taylor returned.
     """
     heads = list_heads(model.config)
     return {
         "redundancy": [order_by_redundancy(similarity, heads)],
-        "taylor": [order_by_score(score_taylor(model, windows, batch_size))],
+        "taylor": [order_by_score(taylor)],
         "magnitude": [order_by_score(score_magnitude(model))],
         "random": [order_at_random(heads, seed) for seed in seeds],
     }

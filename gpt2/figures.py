@@ -34,6 +34,7 @@ CRITERION_COLOURS = {"redundancy": "#cc79a7", "taylor": "#e69f00", "magnitude": 
 GROUP_COLOURS = dict(zip(WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=True))
 MARKERS = "os^D"
 REPAIR_LINES = {"none": "-", "refit": "-", "stepwise refit": "-.", "merge": ":", "merge and stepwise refit": "--"}
+PREDICTORS = {"similarity": "Highest similarity to a head of its layer", "taylor": "Taylor importance"}
 WIDTH = 8.0  # inches; with DPI it is 1,200 pixels, half as much again as a README shows
 DPI = 150
 RUN = ["norm", "max_lr", "warmup_steps", "seed"]  # what tells the runs of the norm study apart
@@ -258,6 +259,22 @@ def draw_prune(results: Results) -> Figure:
     return figure
 
 
+def draw_prunability(results: Results) -> Figure:
+    """Rise of the loss without each head alone, against its similarity and its Taylor importance."""
+    table = results.table("prune/heads.csv", ["layer", "similarity", "taylor", "loss_rise"])
+    figure, panels = _panels(2, 3.4)
+    for axes, (name, label) in zip(panels, PREDICTORS.items(), strict=True):
+        points = axes.scatter(table[name], table["loss_rise"], c=table["layer"], cmap="viridis", s=18)
+        _level(axes, 0, "")
+        value, low, high = (results.value(f"prune.{name}_rank_correlation{end}") for end in ("", "_low", "_high"))
+        axes.set_title(f"rank correlation {value:+.2f} ({low:+.2f} to {high:+.2f})", size=9, color=INK)
+        axes.set_xlabel(label)
+    panels[0].set_ylabel("Rise of loss without the head (nats)")
+    bar = figure.colorbar(points, ax=panels, label="Layer", ticks=sorted(set(table["layer"])))
+    bar.ax.tick_params(labelsize=8)
+    return figure
+
+
 FIGURES: dict[str, Callable[[Results], Figure]] = {
     "loss": draw_loss,
     "benchmark": draw_benchmark,
@@ -265,6 +282,7 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
     "norm_study": draw_norm_study,
     "tokenizer": draw_tokenizer,
     "heads": draw_heads,
+    "prunability": draw_prunability,
     "prune": draw_prune,
 }
 

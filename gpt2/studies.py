@@ -250,7 +250,25 @@ def describe_pruning(results: Results, figures: Mapping[str, str]) -> str:
     ]
     header = ("Heads chosen by", "Repair", "Perplexity without 15 %", "Under 5 %", "Most heads for under 5 %")
     picture = f"![Rise of perplexity against heads removed, without and with repair]({figures['prune']})"
-    return "\n\n".join((lead, picture, repairs, table(header, rows, "llrlr")))
+    single = f"![Rise of loss without each head against similarity and importance]({figures['prunability']})"
+    return "\n\n".join((_tell_prunability(results), single, lead, picture, repairs, table(header, rows, "llrlr")))
+
+
+def _tell_prunability(results: Results) -> str:
+    """Whether a head that is like another, or unimportant by Taylor's score, costs little when it goes alone."""
+    told, ends = {}, {}
+    for name in ("similarity", "taylor"):
+        value, *ends[name] = (results.value(f"prune.{name}_rank_correlation{end}") for end in ("", "_low", "_high"))
+        told[name] = "{:+.2f} ({:+.2f} to {:+.2f})".format(value, *ends[name])
+    low, high = ends["similarity"]
+    verdict = "the interval holds 0, so that similarity does not tell which heads cost little"
+    if low > 0 or high < 0:
+        verdict = f"heads that are like another cost {'less' if high < 0 else 'more'}"
+    return (
+        "Each head was removed alone. The rank correlation of the rise of the loss with the head's highest similarity "
+        f"to another one of its layer is {told['similarity']}, 95 % interval over heads in brackets: {verdict}. With "
+        f"the Taylor importance it is {told['taylor']}."
+    )
 
 
 def describe_samples(results: Results) -> str:

@@ -277,9 +277,9 @@ class Workload:
         config, model = self.plan.prune, self.plan.model
         n_heads = model.n_layer * model.n_head
         counts = {round(share * n_heads) for share in (CLAIMED_SHARE, *config.shares)}
-        # Redundancy, Taylor and magnitude have one order each; the whole model is evaluated once.
+        # Redundancy, Taylor and magnitude have one order each; the whole model is evaluated, and each head's removal.
         orders = {"redundancy": 1, "taylor": 1, "magnitude": 1, "random": len(config.random_seeds)}
-        sets = 1 + len(counts) * sum(orders[column.criterion] for column in COLUMNS)
+        sets = 1 + n_heads + len(counts) * sum(orders[column.criterion] for column in COLUMNS)
         flops = training_flops_per_token(model) * config.scoring_tokens
         flops += sets * forward_flops(model, config.eval_tokens)
         # gather_moments passes the calibration tokens once, refit_stepwise three times for each of its sets; products

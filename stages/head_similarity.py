@@ -3,7 +3,6 @@
 from pathlib import Path
 
 from gpt2 import redundancy
-from gpt2.data import eval_windows
 from gpt2.dist import setup_device
 from gpt2.evaluate import require_fit
 from gpt2.files import write_csv, write_json
@@ -13,6 +12,7 @@ from gpt2.model import GPT
 from gpt2.shards import TokenSet
 from gpt2.stage import Stage
 from gpt2.weights import load_model
+from gpt2.windows import spread_windows
 
 MODEL = Path("models/gpt2")
 TOKENS = Path("data/tokens")
@@ -27,7 +27,7 @@ def main() -> None:
         device = setup_device(stage.load("hardware", HardwareConfig))
         model, tokens = load_model(MODEL, device), TokenSet(TOKENS, "val")
         require_fit(model, tokens)
-        idx = eval_windows(tokens, model.config.block_size, config.n_tokens)[:, :-1]
+        idx = spread_windows(tokens, model.config.block_size, config.n_tokens)[:, :-1]
         trained = compare_heads(model, idx, config.batch_size)
         untrained = compare_heads(GPT(model.config, config.seed).to(device), idx, config.batch_size)
         save_similarities(SIMILARITIES, model.config, trained, untrained["pattern"])

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 
 from gpt2.files import write_csv, write_json
+from gpt2.prunability import PREDICTORS, HeadCost
 from gpt2.report import TIMED_STAGES
 from gpt2.results import Results
 
@@ -175,12 +176,16 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
         rises = [30 * math.exp(power * share) for power in powers.values()]
         rows.append((removed, 100 * share, *rises, 10**6 - 1000 * removed, 10**7 - 9000 * removed, 8192 - 64 * removed))
     write_csv(root / "plots/prune/frontier.csv", columns, rows)
+    costs = [(layer, head, 0.1 * head, 0.2 * layer, 0.01 * head - 0.02) for layer in range(4) for head in range(8)]
+    write_csv(root / "plots/prune/heads.csv", HeadCost._fields, costs)
     metrics = {"baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0], "calibration_tokens": 16384}
     for column in powers:
         prefix = "" if column == "redundancy" else f"{column}_"
         rise, most = (2.1, 37.5) if column not in plain else (3.1, 18.75)
         metrics |= {f"{prefix}perplexity_rise_percent_at_15": rise, f"{prefix}max_pruned_percent_below_5": most}
     metrics["random_perplexity_rise_percent_at_15"] = 4.9
+    ends = {"": -0.4, "_low": -0.6, "_high": -0.1}
+    metrics |= {f"{name}_rank_correlation{end}": value for name in PREDICTORS for end, value in ends.items()}
     write_json(root / "metrics/prune.json", metrics)
 
 

@@ -9,7 +9,6 @@ from torch import nn
 
 from gpt2 import criteria, frontier, measures, params
 from gpt2.criteria import CRITERIA, mask_heads, order_by_redundancy, order_by_score
-from gpt2.data import eval_windows
 from gpt2.evaluate import mean_loss
 from gpt2.files import UserError, read_json
 from gpt2.frontier import Frontier
@@ -19,6 +18,7 @@ from gpt2.prune import PruneConfig, count_removals, remove_heads
 from gpt2.repair import calibrate, remove_and_repair
 from gpt2.shards import TokenSet
 from gpt2.weights import load_model, save_model
+from gpt2.windows import spread_windows
 from stages import head_similarity
 from stages import prune as prune_stage
 from tests.analysed import BLOCK_SIZE, SECTIONS, make_model, make_windows, prepare_folder, read_outputs
@@ -229,7 +229,7 @@ def test_equal_scores_go_by_position():
 
 def test_every_criterion_orders_all_heads(windows):
     model = make_model()
-    orders = criteria.rank_heads(model, np.eye(12), windows, 5, seeds=[0, 1, 0])
+    orders = criteria.rank_heads(model, np.eye(12), criteria.score_taylor(model, windows, 5), seeds=[0, 1, 0])
     assert tuple(orders) == CRITERIA
     for ranked in orders.values():
         assert all(sorted(order) == list_heads(model.config) for order in ranked)
@@ -239,7 +239,7 @@ def test_every_criterion_orders_all_heads(windows):
 
 def test_frontier_is_the_perplexity_of_the_pruned_models(windows):
     model = make_model()
-    orders = criteria.rank_heads(model, np.eye(12), windows, 5, seeds=[0, 1, 2])
+    orders = criteria.rank_heads(model, np.eye(12), criteria.score_taylor(model, windows, 5), seeds=[0, 1, 2])
     calibration = calibrate(model, make_windows(20, seed=6), 5, 1e-3, np.eye(12))
     measured = frontier.measure_frontier(model, orders, [0, 2, 6], calibration, windows, batch_size=5)
     baseline = math.exp(mean_loss(model, windows, 5))
@@ -336,6 +336,9 @@ def test_stage_is_reproducible_bit_for_bit(tmp_path, monkeypatch):
         for prefix in ("", *(f"{column.name}_" for column in frontier.COLUMNS if column.name != "redundancy"))
         for key in ("perplexity_rise_percent_at_15", "max_pruned_percent_below_5")
     )
+    with open(tmp_path / "plots" / "prune" / "heads.csv") as file:
+        assert len(list(csv.DictReader(file))) == 12
+    assert -1 <= figures["similarity_rank_correlation"] <= 1
     # The limit lets every share pass; half of the heads is the largest.
     pruned = load_model(tmp_path / "models" / "pruned")
     assert sum(pruned.config.layer_heads) == 12 - figures["pruned_heads"] == 6
@@ -358,7 +361,7 @@ def test_stage_saves_the_whole_model_when_no_share_qualifies(tmp_path, monkeypat
     # The model knows the test tokens by heart, so that each head it loses costs something.
     model = make_model()
     prepare_folder(tmp_path, model, prune={"limit_percent": 1e-6})
-    learned = eval_windows(TokenSet(tmp_path / "data" / "tokens", "test"), BLOCK_SIZE, 200)
+    learned = spread_windows(TokenSet(tmp_path / "data" / "tokens", "test"), BLOCK_SIZE, 200)
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
@@ -378,15 +381,16 @@ def test_stage_saves_the_whole_model_when_no_share_qualifies(tmp_path, monkeypat
 
 
 @pytest.mark.parametrize(
-    ("key", "message"),
+    ("key", "split"),
     [
-        ("scoring_tokens", "val has 500 tokens; 985 are needed"),
-        ("eval_tokens", "test has 500 tokens; 985 are needed"),
-        ("calibration_tokens", "train has 500 tokens, 20 windows of 24; 1000 tokens, 41 windows, were asked for"),
+        ("scoring_tokens", "val"),
+        ("eval_tokens", "test"),
+        ("calibration_tokens", "train"),
     ],
 )
-def test_stage_refuses_too_few_tokens(key, message, tmp_path, monkeypatch):
-    with pytest.raises(SystemExit, match=f"prune: data/tokens/{message}"):
+def test_stage_refuses_too_few_tokens(key, split, tmp_path, monkeypatch):
+    message = f"prune: data/tokens/{split} has 500 tokens, 20 windows of 24; 1000 tokens, 41 windows, were asked for"
+    with pytest.raises(SystemExit, match=message):
         run_stages(tmp_path, monkeypatch, make_model(), prune={key: 1000})
 
 

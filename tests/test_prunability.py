@@ -1,0 +1,72 @@
+"""What each head costs alone, and rank correlations with intervals."""
+
+import numpy as np
+import pytest
+from scipy.stats import spearmanr
+
+from gpt2.criteria import score_taylor
+from gpt2.evaluate import mean_loss
+from gpt2.heads import list_heads
+from gpt2.prunability import HeadCost, correlate, cost_each_head
+from gpt2.prune import remove_heads
+from tests.analysed import make_model, make_windows
+
+
+def make_costs(n: int, noise: float, seed: int = 0) -> list[HeadCost]:
+    """Heads whose loss rises with their Taylor score, up to noise, and falls with their similarity."""
+    rng = np.random.default_rng(seed)
+    rises = rng.permutation(n) / n
+    return [
+        HeadCost(0, i, float(-rise), float(rise + noise * rng.normal()), float(rise)) for i, rise in enumerate(rises)
+    ]
+
+
+@pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
+def test_each_head_is_removed_alone(norm):
+    model, windows = make_model(norm), make_windows(6)
+    heads, similarity = list_heads(model.config), np.random.default_rng(0).random((12, 12))
+    taylor = score_taylor(model, windows, 4)
+    costs = cost_each_head(model, similarity, taylor, windows, 4)
+    assert [(cost.layer, cost.head) for cost in costs] == heads
+    for i, cost in enumerate(costs):
+        rise = mean_loss(remove_heads(model, [heads[i]]), windows, 4) - mean_loss(model, windows, 4)
+        assert cost.loss_rise == pytest.approx(rise, abs=1e-6)
+        assert cost.taylor == pytest.approx(taylor[cost.layer][cost.head].item(), abs=1e-6)
+        # Of the four heads of its layer, itself left out.
+        first = i // 4 * 4
+        others = [similarity[i, j] for j in range(first, first + 4) if j != i]
+        assert cost.similarity == pytest.approx(max(others), abs=1e-6)
+
+
+def test_the_similarity_of_another_layer_does_not_count():
+    model = make_model()
+    similarity = np.kron(np.eye(3), np.full((4, 4), 0.25)) + 0.9 * (1 - np.kron(np.eye(3), np.ones((4, 4))))
+    costs = cost_each_head(model, similarity, score_taylor(model, make_windows(2), 2), make_windows(2), 2)
+    assert {cost.similarity for cost in costs} == {0.25}
+
+
+def test_correlations_are_spearmans():
+    costs = make_costs(32, noise=0.3)
+    figures = correlate(costs)
+    assert figures["similarity_rank_correlation"] == -1
+    expected = spearmanr([cost.taylor for cost in costs], [cost.loss_rise for cost in costs]).statistic
+    assert figures["taylor_rank_correlation"] == pytest.approx(expected, abs=1e-6)
+    assert figures["similarity_rank_correlation_low"] == figures["similarity_rank_correlation_high"] == -1
+
+
+def test_intervals_hold_the_correlation_and_shrink_with_the_number_of_heads():
+    widths = []
+    for n in (20, 320):
+        figures = correlate(make_costs(n, noise=0.5))
+        low, value, high = (figures[f"taylor_rank_correlation{end}"] for end in ("_low", "", "_high"))
+        assert low < value < high
+        widths.append(high - low)
+    # Their width falls with the square root of the number.
+    assert widths[1] == pytest.approx(widths[0] / 4, rel=0.6)
+
+
+def test_what_does_not_vary_correlates_with_nothing():
+    costs = [cost._replace(similarity=0.5) for cost in make_costs(10, noise=0.1)]
+    figures = correlate(costs)
+    assert [figures[f"similarity_rank_correlation{end}"] for end in ("_low", "", "_high")] == [0, 0, 0]
+    assert correlate(costs) == figures
