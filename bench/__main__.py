@@ -15,9 +15,7 @@ softmax, norms, GELU, the optimizer or memory traffic, so that 100 % is out of r
 50,257 ids is seven eighths of the operations, with a depth of 128 channels only.
 """
 
-import argparse
 import json
-import os
 import select
 import shutil
 import subprocess
@@ -28,7 +26,8 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-from bench.machine import BUSY, describe_processor
+from bench.baseline import ask_for_nanogpt
+from bench.machine import describe_processor, warn_if_busy
 from gpt2.files import UserError, write_text
 from gpt2.hardware import HardwareConfig
 from gpt2.params import load, read
@@ -132,15 +131,10 @@ def describe_run(threads: int, argv: Sequence[str]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench", description=__doc__.splitlines()[0])
-    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, whose model.py is measured")
-    nanogpt = parser.parse_args(argv).nanogpt
-    if nanogpt and not (nanogpt / "model.py").is_file():
-        raise SystemExit(f"bench: {nanogpt}/model.py does not exist; give --nanogpt a checkout of nanoGPT")
+    nanogpt = ask_for_nanogpt("python -m bench", __doc__.splitlines()[0], argv)
     if not TOKENS.is_file():
         raise SystemExit(f"bench: {TOKENS} does not exist; run make repro")
-    if (busy := os.getloadavg()[0]) > BUSY:
-        sys.stderr.write(f"bench: other processes are at work (load {busy:.1f}); rates will be too low and uneven\n")
+    warn_if_busy()
     threads = load("hardware", HardwareConfig, {**read(), "scale": "tiny"}).threads
     peak = measure_peak()
     rows = start_rows(nanogpt)

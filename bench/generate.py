@@ -13,7 +13,6 @@ all weights once, at the rate at which the machine reads memory (the fastest sum
 and values, which are read as well, are not counted, so that 100 % is out of reach.
 """
 
-import argparse
 import os
 import sys
 import time
@@ -31,8 +30,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from bench.baseline import import_nanogpt
-from bench.machine import BUSY, describe_processor
+from bench.baseline import ask_for_nanogpt, import_nanogpt
+from bench.machine import describe_processor, warn_if_busy
 from gpt2.files import write_json, write_text
 from gpt2.generate import SamplingConfig, draw_tokens
 from gpt2.hardware import HardwareConfig
@@ -156,13 +155,8 @@ def tabulate(data: dict) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.generate", description=__doc__.splitlines()[0])
-    parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, whose model.py is measured")
-    nanogpt = parser.parse_args(argv).nanogpt
-    if nanogpt and not (nanogpt / "model.py").is_file():
-        raise SystemExit(f"bench: {nanogpt}/model.py does not exist; give --nanogpt a checkout of nanoGPT")
-    if (busy := os.getloadavg()[0]) > BUSY:
-        sys.stderr.write(f"bench: other processes are at work (load {busy:.1f}); rates will be too low and uneven\n")
+    nanogpt = ask_for_nanogpt("python -m bench.generate", __doc__.splitlines()[0], argv)
+    warn_if_busy()
     data = measure(nanogpt)
     write_json(DATA, data)
     write_text(RESULT, tabulate(data))

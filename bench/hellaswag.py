@@ -26,7 +26,7 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 
-from bench.machine import describe_processor
+from bench.machine import describe_processor, warn_if_busy
 from gpt2.dist import setup_device
 from gpt2.files import write_text
 from gpt2.hardware import HardwareConfig
@@ -123,6 +123,7 @@ def main(argv: Sequence[str]) -> None:
     options = parser.parse_args(argv)
     if not options.items.is_file():
         raise SystemExit(f"bench.hellaswag: {options.items} does not exist; run make repro, or give --items a file")
+    warn_if_busy()
     values = {**read(), "scale": options.scale}
     hardware = load("hardware", HardwareConfig, values)
     batch_tokens = load("hellaswag", HellaswagConfig, values).batch_tokens
