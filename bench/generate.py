@@ -1,12 +1,14 @@
-"""Generation on the CPU: this project beside nanoGPT's sampler, at GPT-2's own size with random weights.
+"""Generation: this project beside nanoGPT's sampler, at GPT-2's own size with random weights.
 
     python -m bench.generate --nanogpt DIR        # DIR holds nanoGPT's model.py
 
-Both continue one prompt of PROMPT tokens in SEQUENCES sequences by TOKENS tokens, in fp32, with temperature 0.8 and
-top_k 50, with as many threads as hardware.threads says. This project generates all of it, ROUNDS times. nanoGPT keeps
-no keys and values: every token costs a pass over the whole text, whose time depends on the length of the text alone. So
-one token of its sampler is timed at SAMPLED lengths from the first to the last, once in each of the same rounds, and
-its whole time is the sum over all lengths of the line between them. The page says so.
+Both continue one prompt of PROMPT tokens in SEQUENCES sequences by TOKENS tokens, with temperature 0.8 and top_k 50, on
+a GPU if there is one, else with as many threads as hardware.threads says. This project computes in fp32, on a GPU with
+TF32 for the prompt; nanoGPT on a CPU too, on a GPU under bfloat16 autocast as in its sample.py. This project generates
+all of it, ROUNDS times. nanoGPT keeps no keys and values: every token costs a pass over the whole text, whose time
+depends on the length of the text alone. So one token of its sampler is timed at SAMPLED lengths from the first to the
+last, once in each of the same rounds, and its whole time is the sum over all lengths of the line between them. The page
+says so.
 
 The fastest round counts; the median stands beside it. The limit is arithmetic: no step can take less time than reading
 all weights once, at the rate at which the machine reads memory (the fastest sum over an array of BANDWIDTH_BYTES). Keys
@@ -21,8 +23,6 @@ from datetime import date
 from pathlib import Path
 from statistics import median
 
-# The benchmark is of processors, and a GPU would be picked where there is one.
-os.environ["CUDA_VISIBLE_DEVICES"] = ""
 # Threads that spin while they wait for each other slow a step of the cache tenfold as soon as another process works.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
 
@@ -32,13 +32,15 @@ from torch import nn
 
 from bench.baseline import ask_for_nanogpt, import_nanogpt
 from bench.machine import describe_processor, warn_if_busy
+from gpt2.dist import autocast, setup_device
 from gpt2.files import write_json, write_text
 from gpt2.generate import SamplingConfig, draw_tokens
 from gpt2.hardware import HardwareConfig
 from gpt2.model import GPT, GPTConfig
 from gpt2.params import load, read
 
-RESULT, DATA = Path("bench/results/generate_cpu.md"), Path("bench/results/generate_cpu.json")
+RESULTS = Path("bench/results")
+DEVICES = {"cpu": "CPU", "cuda": "GPU"}
 SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
 VOCAB_SIZE = 50257
 PROMPT, SEQUENCES, TOKENS, ROUNDS = 8, 5, 500, 3
@@ -60,10 +62,12 @@ def time_ours(model: GPT, prompt: torch.Tensor) -> float:
 
 def time_nanogpt(model: nn.Module, length: int) -> float:
     """Seconds for the next token of all sequences after a text of `length` tokens."""
-    idx = torch.randint(VOCAB_SIZE, (1, length)).expand(SEQUENCES, -1)
-    sampling = SamplingConfig()
+    device, sampling = model.lm_head.weight.device, SamplingConfig()
+    idx = torch.randint(VOCAB_SIZE, (1, length), device=device).expand(SEQUENCES, -1)
     started = time.perf_counter()
-    model.generate(idx, 1, temperature=sampling.temperature, top_k=sampling.top_k)
+    with autocast(device, "bfloat16" if device.type == "cuda" else "float32"):
+        # Read, so that a GPU has finished.
+        model.generate(idx, 1, temperature=sampling.temperature, top_k=sampling.top_k)[:, -1].tolist()
     return time.perf_counter() - started
 
 
@@ -73,12 +77,12 @@ def build_nanogpt(checkout: Path) -> nn.Module:
     return nanogpt.GPT(nanogpt.GPTConfig(**SHAPE, vocab_size=50304, dropout=0.0, bias=True)).eval()
 
 
-def measure_bandwidth() -> float:
+def measure_bandwidth(device: torch.device) -> float:
     """Bytes read per second, in the fastest of ten sums."""
-    array, fastest = torch.zeros(BANDWIDTH_BYTES // 4), float("inf")
+    array, fastest = torch.zeros(BANDWIDTH_BYTES // 4, device=device), float("inf")
     for _ in range(10):
         started = time.perf_counter()
-        array.sum()
+        array.sum().item()
         fastest = min(fastest, time.perf_counter() - started)
     return BANDWIDTH_BYTES / fastest
 
@@ -91,10 +95,10 @@ def bytes_per_step(model: GPT) -> int:
 def measure(nanogpt: Path | None) -> dict:
     """Interleaved rounds of all rows, after a warm-up of each."""
     load_before = os.getloadavg()[0]
-    threads = load("hardware", HardwareConfig, {**read(), "scale": "tiny"}).threads
-    torch.set_num_threads(threads)
-    ours = GPT(GPTConfig(**SHAPE, vocab_size=VOCAB_SIZE, norm="preln")).eval()
-    theirs = build_nanogpt(nanogpt) if nanogpt else None
+    hardware = load("hardware", HardwareConfig, {**read(), "scale": "tiny"})
+    device = setup_device(hardware)
+    ours = GPT(GPTConfig(**SHAPE, vocab_size=VOCAB_SIZE, norm="preln")).eval().to(device)
+    theirs = build_nanogpt(nanogpt).to(device) if nanogpt else None
     prompt = torch.randint(VOCAB_SIZE, (PROMPT,))
     list(draw_tokens(ours, prompt, SamplingConfig(max_tokens=3, num_seq=SEQUENCES), NEVER))
     seconds, sampled = [], [(length, []) for length in SAMPLED if theirs]
@@ -102,16 +106,21 @@ def measure(nanogpt: Path | None) -> dict:
         time_nanogpt(theirs, SAMPLED[0])
     bandwidth = []
     for number in range(ROUNDS):
-        bandwidth.append(measure_bandwidth())
+        bandwidth.append(measure_bandwidth(device))
         seconds.append(time_ours(ours, prompt))
         for length, taken in sampled:
             taken.append(time_nanogpt(theirs, length))
         sys.stderr.write(f"round {number + 1} of {ROUNDS}: {seconds[-1]:.1f} s\n")
     return {
-        "day": date.today().isoformat(), "load": load_before, "processor": describe_processor(), "threads": threads,
+        "day": date.today().isoformat(), "load": load_before, "torch": torch.__version__,
+        "device": device.type, "processor": describe_device(device, hardware.threads),
         "bytes_per_step": bytes_per_step(ours), "bytes_per_s": bandwidth,
         "ours_s": seconds, "nanogpt_s_at_length": sampled,
     }  # fmt: skip
+
+
+def describe_device(device: torch.device, threads: int) -> str:
+    return torch.cuda.get_device_name() if device.type == "cuda" else f"{describe_processor()}, {threads} threads"
 
 
 def whole_time(sampled: Sequence[tuple[int, list[float]]], pick: Callable[[Sequence[float]], float]) -> float:
@@ -129,9 +138,10 @@ def tabulate(data: dict) -> str:
     if sampled := data["nanogpt_s_at_length"]:
         rows.append(("nanoGPT, interpolated", whole_time(sampled, min), whole_time(sampled, median)))
     lines = [
-        f"# Generation on the CPU\n\n{data['day']}, {data['processor']}, {data['threads']} threads; GPT-2 (124M) with "
-        f"random weights, {SEQUENCES} sequences of {TOKENS} tokens after a prompt of {PROMPT}; the fastest of "
-        f"{len(data['ours_s'])} interleaved rounds, on a machine with a load of {data['load']:.1f} before.\n",
+        f"# Generation on a {DEVICES[data['device']]}\n\n{data['day']}, {data['processor']}, "
+        f"torch {data['torch']}; GPT-2 (124M) with random weights, {SEQUENCES} sequences of {TOKENS} tokens after a "
+        f"prompt of {PROMPT}; the fastest of {len(data['ours_s'])} interleaved rounds, on a machine with a load of "
+        f"{data['load']:.1f} before.\n",
         f"```\npython -m bench.generate{' --nanogpt DIR' if sampled else ''}\n```\n",
         "| | tokens/s | median round | seconds in all | ratio to nanoGPT | of the limit |\n|---|" + "--:|" * 5,
     ]
@@ -146,7 +156,7 @@ def tabulate(data: dict) -> str:
         f"at {max(data['bytes_per_s']) / 1e9:.1f} GB/s."
     )
     if sampled:
-        times = ", ".join(f"{length}: {min(seconds):.2f}" for length, seconds in sampled)
+        times = ", ".join(f"{length}: {min(seconds):.3g}" for length, seconds in sampled)
         lines.append(
             f"\nnanoGPT's sampler was run for one token at {len(sampled)} lengths of the text, and its whole time is "
             f"the sum over all {TOKENS} lengths of the line between them. Seconds at each length: {times}."
@@ -158,8 +168,8 @@ def main(argv: Sequence[str]) -> None:
     nanogpt = ask_for_nanogpt("python -m bench.generate", __doc__.splitlines()[0], argv)
     warn_if_busy()
     data = measure(nanogpt)
-    write_json(DATA, data)
-    write_text(RESULT, tabulate(data))
+    write_json(RESULTS / f"generate_{data['device']}.json", data)
+    write_text(RESULTS / f"generate_{data['device']}.md", tabulate(data))
     print(tabulate(data))
 
 

@@ -40,6 +40,8 @@ LENGTH = {
     **{"eval_tokens": 131072, "eval_items": 10042},
 }
 SHORT = {**LENGTH, "max_steps": 40, "tokens_per_step": 131072, "eval_items": 100}
+# As many tokens as `full` validates on.
+EVALUATED = {**LENGTH, "max_steps": 24, "eval_interval": 12, "checkpoint_interval": 12, "eval_tokens": 10485760}
 NANOGPT_STEPS = 20
 
 
@@ -64,6 +66,7 @@ EXPERIMENTS = {
     "muon": Experiment("Pre-LN, Muon", train={**LENGTH, "optimizer": "muon"}),
     "pair": Experiment("Pre-LN on two GPUs", nproc=2),
     "pair-killed": Experiment("Pre-LN on two GPUs, one worker killed", nproc=2, kill="worker", after_step=40),
+    "evaluating": Experiment("Pre-LN, evaluated as at full", train=EVALUATED),
     "free": Experiment("a short run", train=SHORT),
     "free-again": Experiment("the short run once more", train=SHORT),
     "exact": Experiment("the short run, train.deterministic", train={**SHORT, "deterministic": True}),

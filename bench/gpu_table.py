@@ -17,6 +17,8 @@ COLUMNS = (
     *("Run", "Device", "Killed at step", "Resumed after", "Validation loss", "Tokens/s", "GPU memory (GiB)"),
     "SHA-256 of the weights",
 )
+# Runs of code that reads each micro-batch while the GPU works, into pages that cannot move.
+READ_AHEAD = ("evaluating", "free-again")
 CURVES = {"whole": "#0072b2", "killed": "#56b4e9", "pair-killed": "#009e73", "postln": "#d55e00"}
 
 
@@ -47,18 +49,19 @@ def compare(results: Mapping[str, Mapping], first: str, second: str) -> str:
 
 def describe_costs(result: Mapping) -> str:
     """What checkpoints and evaluations of an undisturbed run took, and the shares that they are of a run at `full`."""
-    speed, full = result["speed"], read()["full"]["train"]
-    stepping = (LENGTH["max_steps"] - 1) * full["tokens_per_step"] / speed["tokens_per_s"]
+    speed, length, full = result["speed"], EXPERIMENTS["evaluating"].train, read()["full"]["train"]
+    stepping = (length["max_steps"] - 1) * full["tokens_per_step"] / speed["tokens_per_s"]
     total = stepping / (1 - (speed["checkpoint_percent"] + speed["evaluation_percent"]) / 100)
-    saves, evaluations = (LENGTH["max_steps"] // LENGTH[f"{kind}_interval"] for kind in ("checkpoint", "eval"))
+    saves, evaluations = (length["max_steps"] // length[f"{kind}_interval"] for kind in ("checkpoint", "eval"))
     save = total * speed["checkpoint_percent"] / 100 / saves
     evaluation = total * speed["evaluation_percent"] / 100 / (evaluations + 1)
     step = full["tokens_per_step"] / speed["tokens_per_s"]
     return (
-        f"A checkpoint takes {save:.1f} s, an evaluation of {LENGTH['eval_items']:,} HellaSwag items and "
-        f"{LENGTH['eval_tokens']:,} tokens {evaluation:.1f} s (“{result['says']}”). At the intervals of `full` these "
-        f"are {save / (full['checkpoint_interval'] * step):.2%} and {evaluation / (full['eval_interval'] * step):.2%} "
-        f"of the time on one such GPU; the {full['eval_tokens']:,} validation tokens of `full` were not tried."
+        f"A checkpoint takes {save:.1f} s, an evaluation of {length['eval_items']:,} HellaSwag items and "
+        f"{length['eval_tokens']:,} tokens {evaluation:.1f} s (“{result['says']}”; its validation tokens are training "
+        f"text, since only the time was asked for). At the intervals of `full`, {full['checkpoint_interval']:,} and "
+        f"{full['eval_interval']:,} steps, these are {save / (full['checkpoint_interval'] * step):.2%} and "
+        f"{evaluation / (full['eval_interval'] * step):.2%} of the time on one such GPU."
     )
 
 
@@ -72,7 +75,9 @@ def describe(results: Mapping[str, Mapping]) -> str:
         *(("exact", "free"), ("whole", "killed"), ("whole", "pair-killed")),
     )
     exact, free = (results[name]["speed"]["tokens_per_s"] for name in ("exact", "free"))
-    waits = [result["speed"]["data_wait_percent"] for name, result in results.items() if name != "nanogpt"]
+    waits = [
+        result["speed"]["data_wait_percent"] for name, result in results.items() if name not in ("nanogpt", *READ_AHEAD)
+    ]
     dates = sorted({result["date"] for result in results.values()})
     return "\n".join(
         [
@@ -95,11 +100,15 @@ def describe(results: Mapping[str, Mapping]) -> str:
             "",
             f"`train.deterministic` costs {1 - exact / free:.1%} of the rate on {results['free']['device']}.",
             "",
-            describe_costs(postln),
+            describe_costs(results["evaluating"]),
             "",
-            f"The runs waited for data for {min(waits):.1f} to {max(waits):.1f} % of their steps. The code that they "
-            "ran read each micro-batch when it was due, or in a thread; since then it is read while the GPU works, "
-            "which has not been measured on a GPU.",
+            "The runs waited for data for "
+            + " and ".join(
+                f"{results[name]['speed']['data_wait_percent']:.2f} % (“{results[name]['says']}”)"
+                for name in READ_AHEAD
+            )
+            + f" of the time of their steps. The others, for which it was {min(waits):.1f} to {max(waits):.1f} %, ran "
+            "before each micro-batch was read while the GPU works, or was copied from pages that cannot move.",
             "",
             f"nanoGPT, compiled, in the same call as the first run: {nanogpt['tokens_per_s']:,.0f} tokens/s and "
             f"{nanogpt['peak_gpu_memory_gib']:.1f} GiB on {nanogpt['device']}.",

@@ -109,8 +109,8 @@ class MicroBatches:
         if self._device.type == "cuda":
             last = micro_step == self._accumulation - 1
             following = (step + 1, 0) if last else (step, micro_step + 1)
-            # From pages that cannot move, the copy to the device waits for nothing.
-            self._ahead = following, tuple(part.pin_memory() for part in self._read(*following))
+            # From pages that cannot move and hold it in one piece, the copy to the device waits for nothing.
+            self._ahead = following, tuple(part.contiguous().pin_memory() for part in self._read(*following))
 
     def _read(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         return self._order.batch(step, self._first + micro_step * self._count, self._count)

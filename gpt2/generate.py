@@ -72,20 +72,18 @@ def draw_tokens(model: GPT, prompt: Tensor, sampling: SamplingConfig, eot_token:
     size, which decides where two tokens are as good as equal).
     """
     sequences, generators = list(range(sampling.num_seq)), _generators(sampling)
-    cache, start = Cache(model, sampling.num_seq), None
+    device, cache, start = model.wte.weight.device, Cache(model, sampling.num_seq), None
     # One row until the first draw, since the prompt is the same for all.
-    idx = prompt[None].to(model.wte.weight.device)
+    idx = prompt[None]
     for n_tokens in range(len(prompt), len(prompt) + sampling.max_tokens):
         start, before = window_start(n_tokens, model.config.block_size), start
-        hidden = cache.extend(idx[:, -1:]) if start == before else cache.begin(idx[:, start:])
-        logits = _logits(model, hidden).expand(len(sequences), -1)
-        chosen = _draw(logits, sampling, [generators[sequence] for sequence in sequences])
-        idx = torch.cat([idx.expand(len(sequences), -1), chosen[:, None].to(idx.device)], dim=1)
+        hidden = cache.extend(idx[:, -1:].to(device)) if start == before else cache.begin(idx[:, start:].to(device))
+        chosen = _draw(_logits(model, hidden), sampling, [generators[sequence] for sequence in sequences])
+        idx = torch.cat([idx.expand(len(sequences), -1), chosen[:, None]], dim=1)
         going = (chosen != eot_token).nonzero().flatten()
         if len(going) < len(sequences):
-            sequences, chosen = [sequences[row] for row in going.tolist()], chosen[going]
-            idx = idx[going.to(idx.device)]
-            cache.keep(going.to(idx.device))
+            sequences, chosen, idx = [sequences[row] for row in going.tolist()], chosen[going], idx[going]
+            cache.keep(going.to(device))
         if not sequences:
             return
         yield dict(zip(sequences, chosen.tolist(), strict=True))
@@ -101,27 +99,30 @@ def _generators(sampling: SamplingConfig) -> list[torch.Generator]:
 
 
 def _logits(model: GPT, hidden: Tensor) -> Tensor:
-    """Logits (B, V) on the CPU for hidden states (B, C)."""
+    """Logits (B, V) for hidden states (B, C), fp32."""
     # In this order the product of the large matrix with a few columns takes half the time on a CPU.
-    return (model.wte.weight[: model.config.vocab_size] @ hidden.t()).t().float().cpu()
+    return (model.wte.weight[: model.config.vocab_size] @ hidden.t()).t().float()
 
 
 def _draw(logits: Tensor, sampling: SamplingConfig, generators: list[torch.Generator]) -> Tensor:
-    """One token id for each row of logits (B, V), shape (B,)."""
+    """One token id for each row of logits (B, V), or for each generator from the one row, (rows,) on the CPU."""
     if sampling.temperature == 0:
-        return logits.argmax(-1)
-    ids = torch.arange(logits.shape[-1]).expand_as(logits)
+        return logits.argmax(-1).cpu().expand(len(generators))
     if sampling.top_k:
         # In the order of ids: which random number meets which token may not depend on the last bit of a logit.
         ids = logits.topk(min(sampling.top_k, logits.shape[-1])).indices.sort().values
-    probabilities = torch.softmax(logits.gather(-1, ids) / sampling.temperature, -1)
+        logits, ids = logits.gather(-1, ids).cpu(), ids.cpu()
+    else:
+        logits, ids = logits.cpu(), torch.arange(logits.shape[-1]).expand_as(logits)
+    probabilities = torch.softmax(logits / sampling.temperature, -1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
         # A token goes if those before it already have the mass; the likeliest one always stays.
         ordered[ordered.cumsum(-1) - ordered >= sampling.top_p] = 0
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
-    drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(probabilities, generators, strict=True)]
-    return ids.gather(-1, torch.stack(drawn)).squeeze(-1)
+    rows = probabilities.expand(len(generators), -1)
+    drawn = [torch.multinomial(row, 1, generator=own) for row, own in zip(rows, generators, strict=True)]
+    return ids.expand(len(generators), -1).gather(-1, torch.stack(drawn)).squeeze(-1)
 
 
 def stream(model: GPT | Path | str, prompt: str = "", **sampling) -> Iterator[tuple[int, str]]:

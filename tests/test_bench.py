@@ -71,7 +71,7 @@ def test_generation_names_a_missing_baseline():
 def make_generation(**changed) -> dict:
     """A measurement in which 500 MB are read at 20 GB/s: 40 steps of 5 tokens in a second."""
     few = {"bytes_per_step": 500_000_000, "bytes_per_s": [10e9, 20e9], "ours_s": [50.0, 25.0, 30.0]}
-    said = {"day": "2026-01-31", "processor": "a processor", "threads": 2, "load": 0.1}
+    said = {"day": "2026-01-31", "torch": "2", "device": "cpu", "processor": "a processor", "load": 0.1}
     return {**few, **said, "nanogpt_s_at_length": [], **changed}
 
 
@@ -123,9 +123,10 @@ def test_scoring_names_missing_items():
         hellaswag.main(["--items", "absent.jsonl"])
 
 
-def test_the_page_on_generation_says_what_its_measurement_says():
-    page = (ROOT / generate.RESULT).read_text(encoding="utf-8")
-    assert page == generate.tabulate(read_json(ROOT / generate.DATA))
+@pytest.mark.parametrize("device", generate.DEVICES)
+def test_the_page_on_generation_says_what_its_measurement_says(device):
+    page = ROOT / generate.RESULTS / f"generate_{device}.md"
+    assert page.read_text(encoding="utf-8") == generate.tabulate(read_json(page.with_suffix(".json")))
 
 
 def test_pages_say_what_their_measurements_say(tmp_path, monkeypatch):

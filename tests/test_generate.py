@@ -13,6 +13,7 @@ import torch
 from pydantic import ValidationError
 
 from gpt2 import generate as module
+from gpt2.cache import SPAN
 from gpt2.files import UserError
 from gpt2.generate import GenerateConfig, SamplingConfig, draw_tokens, generate, stream, window_start
 from gpt2.model import GPT, GPTConfig
@@ -113,6 +114,20 @@ def test_the_cache_changes_no_token(kind, length, temperature):
     prompt = torch.randint(VOCAB_SIZE, (length,), generator=torch.Generator().manual_seed(length))
     sampling = make_sampling(temperature=temperature, max_tokens=2 * BLOCK_SIZE + 5, num_seq=2)
     assert draw_rows(model, prompt, sampling) == draw_without_cache(model, prompt, sampling)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the cache records its steps on a GPU alone")
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_recorded_step_changes_no_token(kind, temperature):
+    config = make_decided(**KINDS[kind]).config.model_copy(update={"block_size": 2 * SPAN + 10})
+    model = GPT(config, seed=0).double()
+    with torch.no_grad():
+        model.wte.weight *= 12
+    # Some sequences end early, so that steps of fewer rows are recorded too.
+    sampling = make_sampling(temperature=temperature, max_tokens=3 * SPAN, num_seq=4)
+    on_cpu = draw_rows(model, PROMPT, sampling, eot_token=7)
+    assert draw_rows(model.cuda(), PROMPT, sampling, eot_token=7) == on_cpu
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 7])
