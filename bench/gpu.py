@@ -41,7 +41,7 @@ LENGTH = {
 }
 SHORT = {**LENGTH, "max_steps": 40, "tokens_per_step": 131072, "eval_items": 100}
 # As many tokens as `full` validates on.
-EVALUATED = {**LENGTH, "max_steps": 24, "eval_interval": 12, "checkpoint_interval": 12, "eval_tokens": 10485760}
+EVALUATED = {**LENGTH, "max_steps": 12, "eval_interval": 12, "checkpoint_interval": 12, "eval_tokens": 10485760}
 NANOGPT_STEPS = 20
 
 
@@ -60,6 +60,7 @@ class Experiment:
 
 EXPERIMENTS = {
     "whole": Experiment("Pre-LN, undisturbed"),
+    "fused": Experiment("Pre-LN, undisturbed, the loss in one kernel"),
     "killed": Experiment("Pre-LN, all processes killed, run again", kill="all", after_step=40),
     "postln": Experiment("Post-LN, the same steps", norm="postln"),
     "deepnorm": Experiment("DeepNorm, the same steps", norm="deepnorm"),

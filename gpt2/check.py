@@ -67,7 +67,8 @@ def examine(values: dict, scale: str, machine: Machine) -> Report:
 
 def _check_machine(plan: Plan, machine: Machine, processes: int, estimates: Sequence[Estimate]) -> list[Finding]:
     trained = not plan.train.init_from
-    compiler = [preflight.check_compiler(machine.device_type)] if plan.train.compile and trained else []
+    compiles = machine.device_type == "cuda" or (plan.train.compile and trained)
+    compiler = [preflight.check_compiler(machine.device_type)] if compiles else []
     weights = [] if trained else [preflight.check_weights(plan)]
     return [
         preflight.check_gpus(plan, machine, estimates),

@@ -124,13 +124,15 @@ def _check_without_gpu(plan: Plan, estimates: Sequence[Estimate]) -> Finding:
 
 
 def check_compiler(device_type: str, which: Callable[[str], str | None] = shutil.which) -> Finding:
-    """What torch.compile needs at the first step of training."""
+    """What Triton needs at the first loss on a GPU, and torch.compile at the first step of training."""
     variable, names = COMPILERS[device_type]
     found = [path for name in (os.environ.get(variable), *names) if name and (path := which(name))]
+    on_gpu = device_type == "cuda"
+    needed = "the loss on a GPU" if on_gpu else "train.compile"
     if found:
-        return Finding("compiler", OK, f"{found[0]}, for train.compile")
-    text = f"none of {', '.join(names)} is on the PATH; train.compile needs one at its first step"
-    return Finding("compiler", FAIL, text, f"install one, name it in {variable}, or set train.compile=false")
+        return Finding("compiler", OK, f"{found[0]}, for {needed}")
+    remedy = f"install one or name it in {variable}" + ("" if on_gpu else ", or set train.compile=false")
+    return Finding("compiler", FAIL, f"none of {', '.join(names)} is on the PATH; {needed} needs one", remedy)
 
 
 def check_batch(plan: Plan, processes: int) -> Finding:

@@ -18,7 +18,19 @@ from gpt2.train import TrainConfig, TrainResult
 # Code and parameters that decide the result. The parameters below change its cost only.
 SOURCES = [
     Path(__file__).with_name(f"{name}.py")
-    for name in ("data", "dist", "evaluate", "hellaswag", "layers", "loss", "model", "optim", "stability", "train")
+    for name in (
+        "data",
+        "dist",
+        "evaluate",
+        "layers",
+        "loss",
+        "loss_kernel",
+        "model",
+        "optim",
+        "scoring",
+        "stability",
+        "train",
+    )
 ]
 COST_ONLY = {"micro_batch", "compile", "checkpoint_interval", "log_interval"}
 

@@ -61,6 +61,30 @@ def test_the_losses_of_tokens_are_those_of_torch_and_their_mean_is_the_loss(rows
         torch.testing.assert_close(value.detach(), losses.mean())
 
 
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is for GPUs")
+@pytest.mark.parametrize("chunk_bytes", [2**12, 2**31])
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.bfloat16, 2e-2)])
+def test_the_kernel_of_a_gpu_computes_what_a_cpu_does(dtype, tolerance, chunk_bytes, monkeypatch):
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cuda", chunk_bytes)
+    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
+    generator = torch.Generator().manual_seed(0)
+    # More columns than the kernel takes at a time, and padding that would win if it were not left out.
+    hidden, weight = torch.randn(40, 64, generator=generator), torch.randn(10112, 64, generator=generator)
+    weight[10001:] *= 100
+    targets = torch.randint(10001, (40,), generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        h, w = (part.to(dtype).float().clone().to(device).requires_grad_() for part in (hidden, weight))
+        with torch.autocast("cuda", dtype, enabled=dtype == torch.bfloat16 and device == "cuda"):
+            value = linear_cross_entropy(h, w, targets.to(device), 10001)
+        value.backward()
+        losses = token_losses(h.detach(), w.detach(), targets.to(device), 10001)
+        results.append([part.cpu() for part in (value, h.grad, w.grad, losses)])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        assert (on_gpu - on_cpu).norm() <= tolerance * on_cpu.norm()
+    assert not results[1][2][10001:].any()
+
+
 def test_no_rows_have_no_losses_and_a_mean_that_is_not_a_number():
     hidden, weight, targets = make_inputs(n_rows=0)
     assert token_losses(hidden, weight, targets, VOCAB).shape == (0,)
