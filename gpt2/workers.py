@@ -19,7 +19,7 @@ T = TypeVar("T")
 R = TypeVar("R")
 # Tasks of one worker, the one at work included: the next is there before it asks.
 QUEUED = 2
-# Results, for each worker, that may wait for an earlier one.
+# Tasks of each worker that may be begun or done while an earlier one is not.
 AHEAD = 4
 STOP_SECONDS = 10
 
@@ -27,9 +27,9 @@ STOP_SECONDS = 10
 def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
     """Yield `function(task)` for each task, computed by `workers` processes, or by this one if it is 1.
 
-    Function and tasks are pickled. At most AHEAD + QUEUED results a worker are held. An exception of the function is
-    raised here; a killed worker is a UserError that names it and its task. Close the generator to stop early: then, and
-    at its end, no process is left.
+    Function and tasks are pickled. At most AHEAD tasks a worker are begun beyond the result that is yielded next. An
+    exception of the function is raised here as soon as it is known; a killed worker is a UserError that names it and
+    its task. Close the generator to stop early: then, and at its end, no process is left.
     """
     if workers == 1:
         yield from map(function, tasks)
