@@ -51,6 +51,11 @@ SAMPLES = 10
 CHUNKSIZE = 16
 
 
+def count_cores() -> int:
+    """Cores that this process may use."""
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
 def read_texts(folder: Path) -> Iterator[str]:
     """Every document of a corpus in order."""
     for split in SPLITS:
@@ -106,7 +111,7 @@ def tokenize_one_by_one(corpus: Path, folder: Path) -> int:
     folder.mkdir()
     shard, filled, n_shards = np.empty(SHARD_TOKENS, dtype=np.uint16), 0, 0
     # Forked, as it would be: this process has no threads yet.
-    with multiprocessing.get_context("fork").Pool(max(1, len(os.sched_getaffinity(0)) // 2)) as pool:
+    with multiprocessing.get_context("fork").Pool(max(1, count_cores() // 2)) as pool:
         for tokens in pool.imap(encode_one, read_texts(corpus), chunksize=CHUNKSIZE):
             fits = min(len(tokens), SHARD_TOKENS - filled)
             shard[filled : filled + fits] = tokens[:fits]
@@ -179,7 +184,7 @@ def tabulate(turns: dict[str, list[dict]], n_bytes: int, cores: int) -> str:
 
 def main(argv: Sequence[str]) -> None:
     parser = argparse.ArgumentParser(prog="python -m bench.tokenize", description=__doc__.splitlines()[0])
-    cores = len(os.sched_getaffinity(0))
+    cores = count_cores()
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="Parquet with a column text")
     powers = [2**n for n in range(cores.bit_length())]
     parser.add_argument("--workers", nargs="+", type=int, default=powers, help="default: powers of two up to the cores")

@@ -27,7 +27,7 @@ from gpt2.files import UserError
 from gpt2.interrupt import Interrupt
 from gpt2.params import Config
 from gpt2.shards import Piece, ShardWriter, TokenSet, Vocabulary
-from gpt2.units import show_time
+from gpt2.units import show_size, show_time
 from gpt2.workers import in_order
 
 SPLITS = ("train", "val", "test")
@@ -70,6 +70,7 @@ def token_identity(corpus: Path, encoding: tiktoken.Encoding, shard_tokens: int,
     out again is known for what it is.
     """
     files = [file for split in SPLITS for file in _files(corpus / split)]
+    log.info("hashing %d files, %s", len(files), show_size(sum(file.stat().st_size for file in files)))
     with ThreadPoolExecutor(threads) as pool:
         digests = dict(zip((str(file.relative_to(corpus)) for file in files), pool.map(_digest, files), strict=True))
     return {

@@ -21,7 +21,8 @@ R = TypeVar("R")
 QUEUED = 2
 # Tasks of each worker that may be begun or done while an earlier one is not.
 AHEAD = 4
-STOP_SECONDS = 10
+# For a worker whose pipe has closed to be gone as well.
+END_SECONDS = 10
 
 
 def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
@@ -35,8 +36,10 @@ def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> It
         yield from map(function, tasks)
         return
     # Not forked: threads of this process may hold locks, which a copy would find held for ever.
-    crew = [_Worker(number) for number in range(1, workers + 1)]
+    crew: list[_Worker] = []
     try:
+        for number in range(1, workers + 1):
+            crew.append(_Worker(number))
         # Only now that all are starting: the first to be sent something big is waited for.
         for worker in crew:
             worker.send(function)
@@ -101,7 +104,7 @@ class _Worker:
         return self.tasks.popleft()[0], result
 
     def _lost(self) -> UserError:
-        self._process.join(STOP_SECONDS)
+        self._process.join(END_SECONDS)
         code = self._process.exitcode
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
         at = f" at {self.tasks[0][1]}" if self.tasks else ""
@@ -111,18 +114,16 @@ class _Worker:
     def stop(self) -> None:
         self.connection.close()
         # What it may still compute nobody waits for.
-        self._process.terminate()
-        self._process.join(STOP_SECONDS)
-        if self._process.exitcode is None:
-            self._process.kill()
-            self._process.join()
+        self._process.kill()
+        self._process.join()
         self._process.close()
 
 
 def _serve(connection: Connection) -> None:
     """The life of a worker: take the function, then answer tasks until the parent's end of the pipe closes."""
-    # Ctrl-C reaches every process of a terminal; the parent decides.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # These may reach every process of a terminal or a job; the parent decides.
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
     try:
         function = connection.recv()
         while True:

@@ -301,6 +301,20 @@ def test_killed_at_ten_moments_the_stage_keeps_what_was_finished(place, undistur
     assert_same_outcome(place, undisturbed)
 
 
+DIE = "import os; die = lambda *_: os.kill(os.getpid(), 9)\n"
+
+
+@pytest.mark.parametrize("at", ["stage.items_in_training = die", "from gpt2 import scratch; scratch._move = die"])
+def test_killed_when_all_tokens_are_written_it_encodes_none_again(place, undisturbed, at):
+    assert start(place, DIE + at).wait(timeout=60) == -signal.SIGKILL
+    before = recorded(place)
+    assert not (place / "data" / "tokens").exists()
+    # Whatever is encoded ends the run.
+    finish(start(place, f"{DIE}tokenize.encode_group = die"), place)
+    assert recorded(place) == before
+    assert_same_outcome(place, undisturbed)
+
+
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
 def test_asked_to_stop_it_ends_soon_and_the_next_run_goes_on(place, undisturbed, number):
     process = start(place, "tokenize.CHECK_SECONDS = 0\n" + SLOWLY)
