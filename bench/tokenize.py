@@ -7,12 +7,13 @@ processes have started. Then each row reads these files and writes token shards 
 
 build-nanogpt's method is that of its fineweb.py: a multiprocessing pool of half the cores, which imap hands one
 document a task, 16 to a message; a task is a list of ids, made an array, checked against 2^16 and cast to uint16; the
-parent copies the arrays into shards and writes them with numpy. It gets its documents from a reader of Parquet here
-and not from the library `datasets`, which is slower.
+parent copies the arrays into shards and writes them with numpy. Here it gets its documents as strings from a
+reader of Parquet, not as a dictionary each from the library `datasets`.
 
 The rows take turns, each in a process of its own, and the fastest round counts, since all else that the machine does
-can only slow it. The clock starts when the row's process is ready and includes the start of its workers. Memory is the
-resident set, looked at SAMPLES times a second: of the row's process, and of the largest of its workers.
+can only slow it. The clock starts when the row's process is ready and includes the start of its workers. CPU seconds
+are those of the row's process and its workers together, the least of all rounds. Memory is the resident set, looked at
+SAMPLES times a second: of the row's process, and of the largest of its workers.
 
 The limit is tiktoken's own: encode_ordinary in one thread over text that is in memory, in turn with the rows, times the
 number of processes. It leaves out reading, the arrays and the shards.
@@ -22,6 +23,7 @@ import argparse
 import json
 import multiprocessing
 import os
+import resource
 import subprocess
 import sys
 import tempfile
@@ -44,7 +46,7 @@ from gpt2.tokenize import tokenize_corpus
 from gpt2.tokenizer import load_encoding
 
 RESULT = Path("bench/results/tokenize.md")
-BARE, NANOGPT, OURS = "tiktoken", "build-nanogpt", "ours"
+BARE, NANOGPT = "tiktoken", "build-nanogpt"
 SHARD_TOKENS = 100_000_000
 BARE_BYTES = 20_000_000
 SAMPLES = 10
@@ -134,7 +136,9 @@ def run_row(row: str, corpus: Path, folder: Path) -> dict:
     else:
         tokenize_corpus(corpus, folder, load_encoding(), SHARD_TOKENS, int(row))
         n_tokens = sum(TokenSet(folder, split).n_tokens for split in SPLITS)
-    return {"seconds": time.perf_counter() - started, "tokens": n_tokens}
+    seconds = time.perf_counter() - started
+    used = [resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN)]
+    return {"seconds": seconds, "cpu_s": sum(usage.ru_utime + usage.ru_stime for usage in used), "tokens": n_tokens}
 
 
 def measure(row: str, corpus: Path) -> dict:
@@ -163,8 +167,8 @@ def tabulate(turns: dict[str, list[dict]], n_bytes: int, cores: int) -> str:
     one = seconds.get("1")
     lines = [
         "| | processes | MB/s | tokens/s | ratio to build-nanogpt | ratio to one process | of the limit | "
-        "peak memory, parent | worker |",
-        "|---|" + "--:|" * 8,
+        "CPU seconds | peak memory, parent | worker |",
+        "|---|" + "--:|" * 9,
     ]
     for row, fastest in seconds.items():
         processes = max(1, cores // 2) if row == NANOGPT else int(row)
@@ -173,7 +177,8 @@ def tabulate(turns: dict[str, list[dict]], n_bytes: int, cores: int) -> str:
         lines.append(
             f"| {name} | {processes} | {n_bytes / 1e6 / fastest:,.1f} | {turns[row][0]['tokens'] / fastest:,.0f} | "
             f"{seconds[NANOGPT] / fastest:.2f} | {f'{one / fastest:.2f}' if one and row != NANOGPT else '–'} | "
-            f"{100 * n_bytes / fastest / (bare * processes):.0f} % | {parent:,.0f} MiB | "
+            f"{100 * n_bytes / fastest / (bare * processes):.0f} % | "
+            f"{min(turn['cpu_s'] for turn in turns[row]):.1f} | {parent:,.0f} MiB | "
             f"{f'{worker:,.0f} MiB' if worker else '–'} |"
         )
     return "\n".join(lines) + (

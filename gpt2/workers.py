@@ -51,18 +51,18 @@ def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> It
 
 def _spread(tasks: Iterator[Any], crew: list["_Worker"]) -> Iterator[Any]:
     done: dict[int, Any] = {}
+    numbered = enumerate(tasks)
     given = 0
     for wanted in count():
-        while wanted not in done:
+        while True:
             while given < wanted + AHEAD * len(crew):
                 worker = min(crew, key=lambda worker: len(worker.tasks))
-                if len(worker.tasks) == QUEUED:
+                if len(worker.tasks) == QUEUED or (task := next(numbered, None)) is None:
                     break
-                try:
-                    worker.give(given, next(tasks))
-                except StopIteration:
-                    break
+                worker.give(*task)
                 given += 1
+            if wanted in done:
+                break
             if not (busy := {worker.connection: worker for worker in crew if worker.tasks}):
                 return
             for connection in wait(list(busy)):

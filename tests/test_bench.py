@@ -151,7 +151,13 @@ def test_both_methods_of_tokenizing_write_the_same_tokens(parquet, tmp_path, mon
 
 def test_rates_of_tokenizing_are_those_of_the_fastest_turn():
     def turn(seconds: float, parent: int, worker: int = 0) -> dict:
-        return {"seconds": seconds, "tokens": 1000, "parent": parent * 2**20, "worker": worker * 2**20}
+        return {
+            "seconds": seconds,
+            "cpu_s": 2 * seconds,
+            "tokens": 1000,
+            "parent": parent * 2**20,
+            "worker": worker * 2**20,
+        }
 
     turns = {
         tokenize.BARE: [{"bytes_per_s": 9e6}, {"bytes_per_s": 10e6}],
@@ -161,11 +167,21 @@ def test_rates_of_tokenizing_are_those_of_the_fastest_turn():
     }
     table = tokenize.tabulate(turns, n_bytes=120_000_000, cores=4)
     # Two processes of four cores: 6 MB/s of 20.
-    theirs = ["2", "6.0", "50", "1.00", "–", "30 %", "310 MiB", "60 MiB"]
+    theirs = ["2", "6.0", "50", "1.00", "–", "30 %", "40.0", "310 MiB", "60 MiB"]
     assert read_cells(table, "build-nanogpt's method")[1:] == theirs
-    assert read_cells(table, "this project")[1:] == ["1", "8.6", "71", "1.43", "1.00", "86 %", "210 MiB", "–"]
+    assert read_cells(table, "this project")[1:] == ["1", "8.6", "71", "1.43", "1.00", "86 %", "28.0", "210 MiB", "–"]
     last = table.splitlines()[4].strip("|").split("|")
-    assert [cell.strip() for cell in last][1:] == ["4", "24.0", "200", "4.00", "2.80", "60 %", "220 MiB", "150 MiB"]
+    assert [cell.strip() for cell in last][1:] == [
+        "4",
+        "24.0",
+        "200",
+        "4.00",
+        "2.80",
+        "60 %",
+        "10.0",
+        "220 MiB",
+        "150 MiB",
+    ]
     assert "Limit: 10.0 MB/s for each process" in table
 
 
