@@ -1,17 +1,12 @@
 """Resume state of a run in progress: one file with weights, optimizer, step and log position, whole or absent.
 
-The folder lies in git-ignored scratch under DVC's root, not among DVC's outs, which are deleted before a run; its name
-is a fingerprint of all that decides the result, so a checkpoint of another configuration is never found.
+Its folder lies in scratch and is named by all that decides the result: see scratch.py.
 """
 
-import fcntl
 import hashlib
 import json
 import logging
-import os
-import shutil
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,14 +21,6 @@ KEPT = 2
 log = logging.getLogger(__name__)
 
 
-def scratch_folder(kind: str, identity: dict, sources: Sequence[Path]) -> Path:
-    """Folder under DVC's root, which --temp and --queue runs share, named by a digest of `identity` and the sources."""
-    digest = hashlib.sha256(json.dumps(identity, sort_keys=True).encode())
-    for source in sources:
-        digest.update(source.read_bytes())
-    return Path(os.environ.get("DVC_ROOT", ".")) / ".scratch" / kind / digest.hexdigest()[:16]
-
-
 def require_agreement(folder: Path, dist: Dist) -> None:
     """Raise UserError if the main process is about to train something else than this one does."""
     if (main := dist.share(folder.name)) != folder.name:
@@ -41,18 +28,6 @@ def require_agreement(folder: Path, dist: Dist) -> None:
             f"rank {dist.rank} has run {folder.name}, the main process {main}: parameters, data/tokens or code differ "
             "between the machines; bring all to the same commit, params.yaml and tokens"
         )
-
-
-@contextmanager
-def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second run of the same configuration. Raises UserError if one holds it."""
-    folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise UserError(f"another run of this configuration holds {folder}; wait for it or stop it") from error
-        yield
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
@@ -130,8 +105,3 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
 def _checkpoints(folder: Path) -> list[Path]:
     """Finished checkpoints, newest first."""
     return sorted(folder.glob("step_*.safetensors"), reverse=True)
-
-
-def drop(folder: Path) -> None:
-    """Remove the resume state of a finished run."""
-    shutil.rmtree(folder)

@@ -31,6 +31,8 @@ PRODUCT_SHARE = {"cpu": 0.44, "cuda": 0.50}
 STUDY_SHARE = {"cpu": 1.0, "cuda": 0.5}
 # Text that one process reads, hashes and writes as Parquet, in bytes per second.
 READ_RATE = 3e7
+# Text that one process tokenizes, in bytes per second: bench/results/tokenize.md.
+ENCODE_RATE = 2e7
 # Synced writes of a checkpoint, in bytes per second.
 WRITE_RATE = 5e8
 
@@ -97,6 +99,8 @@ def estimate_stages(workload: Workload, recorded: Mapping[str, Recorded], rate: 
                 seconds += workload.checkpoints * workload.checkpoint_bytes / WRITE_RATE
         elif stage == "prepare" and workload.plan.prepare.source != "docs":
             seconds, basis = need.work / READ_RATE, f"{READ_RATE / 1e6:.0f} MB/s"
+        elif stage == "tokenize":
+            seconds, basis = need.work / ENCODE_RATE, f"{need.parallel} × {ENCODE_RATE / 1e6:.0f} MB/s"
         else:
             seconds, basis = None, "no record"
         estimates.append(Estimate(stage, need, seconds, basis))
@@ -104,9 +108,14 @@ def estimate_stages(workload: Workload, recorded: Mapping[str, Recorded], rate: 
 
 
 def _comparable(stage: str, past: Recorded, workload: Workload) -> bool:
-    """Models must have run at the same scale on the same kind of device, text must have been read in the same way."""
+    """Models must have run at the same scale on the same kind of device, text must have been read in the same way.
+
+    Of the seconds in which a small text is tokenized most are spent on other things.
+    """
     if past.need.flops:
         return (past.scale, past.device_type) == (workload.plan.scale, workload.machine.device_type)
+    if stage == "tokenize":
+        return past.scale == workload.plan.scale
     return stage != "prepare" or past.source == workload.plan.prepare.source
 
 

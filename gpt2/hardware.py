@@ -18,7 +18,7 @@ class HardwareConfig(Config):
     nproc: int | str
     # CPU threads for arithmetic, shared by the processes of a machine. Fixed, since the bits of a sum depend on it.
     threads: PositiveInt
-    # Processes or threads for text: reading, tokenizing.
+    # Processes for text: reading, tokenizing.
     workers: PositiveInt
     # How often torchrun restarts the processes after one was lost; they resume from the last checkpoint.
     max_restarts: NonNegativeInt

@@ -34,7 +34,7 @@ PROJECT, LOCKED = Path("pyproject.toml"), Path("requirements.lock")
 # The parameter that sets how much memory a stage takes.
 MEMORY_KEYS = {
     "prepare": "hardware.workers",
-    "tokenize": "tokenize.shard_tokens",
+    "tokenize": "hardware.workers or tokenize.shard_tokens",
     "tokenizer-study": "tokenizer_study.train_bytes",
     "norm-study": "norm_study.micro_batch or hardware.threads",
     "train": "train.micro_batch",

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from gpt2.benchmark import BenchmarkConfig
 from gpt2.checkpoint import KEPT
+from gpt2.corpus import ROW_GROUP_DOCUMENTS
 from gpt2.frontier import COLUMNS, STEPWISE
 from gpt2.generate import GenerateConfig
 from gpt2.hardware import HardwareConfig
@@ -22,11 +23,12 @@ from gpt2.prune import CLAIMED_SHARE, PruneConfig
 from gpt2.schema import SECTIONS
 from gpt2.scoring import HellaswagConfig
 from gpt2.shape import ModelShape
-from gpt2.tokenize import TokenizeConfig
+from gpt2.tokenize import PROCESS_BYTES, TokenizeConfig
 from gpt2.tokenizer_study import TokenizerStudyConfig
 from gpt2.train import TrainConfig
 from gpt2.train_results import training_flops_per_token
 from gpt2.volume import DOCS_ZSTD, PROSE_ZSTD, WORD_BYTES, Volume
+from gpt2.workers import AHEAD
 
 VOCAB_SIZE = 50257
 GIB = 2**30
@@ -38,8 +40,9 @@ HELLASWAG_ITEMS, HELLASWAG_ITEM_BYTES, HELLASWAG_ROW, HELLASWAG_ENDING = 10_042,
 TEXT_PROCESS, TORCH_PROCESS, GPU_PROCESS = 0.2 * GIB, 0.4 * GIB, 3 * GIB
 # Reading Parquet through `datasets`, and the digest of each document seen.
 DATASETS_PROCESS, DIGEST_BYTES = 0.6 * GIB, 100
-# Held for each byte of a token shard while it is written, and for each byte of text that vocabularies are trained on.
-SHARD_COPIES, TEXT_COPIES = 6, 2.7
+# Held for each byte of a token shard, one that fills and one that is written, and for each byte of text that
+# vocabularies are trained on.
+SHARD_COPIES, TEXT_COPIES = 2, 2.7
 # Saved for the backward pass, in bytes for each token, channel and layer; and alive at once in a forward pass.
 ACTIVATION_BYTES = {"float32": 64, "bfloat16": 40}
 FORWARD_BYTES = 40
@@ -203,12 +206,12 @@ class Workload:
         # Of each row its uint16 tokens and three int64 numbers.
         benchmark = items * ENDINGS * len(PROTOCOLS) * (2 * row_tokens + 24)
         shard = 2 * min(self.plan.tokenize.shard_tokens, self.volume.tokens)
-        return Need(
-            2 * self.volume.tokens + benchmark,
-            TEXT_PROCESS + SHARD_COPIES * shard,
-            text=self.volume.n_bytes,
-            parallel=self._workers(),
-        )
+        processes = max(1, min(self._workers(), int(self.volume.n_bytes / PROCESS_BYTES)))
+        memory = TEXT_PROCESS + SHARD_COPIES * shard
+        if processes > 1:
+            row_group = 2 * ROW_GROUP_DOCUMENTS * self.volume.tokens / self.volume.documents
+            memory += processes * (TEXT_PROCESS + AHEAD * row_group)
+        return Need(2 * self.volume.tokens + benchmark, memory, text=self.volume.n_bytes, parallel=processes)
 
     def _tokenizer_study(self) -> Need:
         config = self.plan.tokenizer_study

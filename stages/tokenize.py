@@ -6,9 +6,10 @@ from gpt2.contamination import items_in_training
 from gpt2.files import write_json
 from gpt2.hardware import HardwareConfig
 from gpt2.items import read_items, save_benchmark, tokenize_items
+from gpt2.scratch import scratch_folder, staged
 from gpt2.shards import TokenSet
 from gpt2.stage import Stage
-from gpt2.tokenize import TokenizeConfig, tokenize_corpus
+from gpt2.tokenize import SOURCES, TokenizeConfig, token_identity, tokenize_corpus
 from gpt2.tokenizer import load_encoding
 
 CORPUS = Path("data/corpus")
@@ -20,13 +21,17 @@ METRICS = Path("metrics/tokens.json")
 def main() -> None:
     with Stage("tokenize") as stage:
         config = stage.load("tokenize", TokenizeConfig)
-        hardware = stage.load("hardware", HardwareConfig)
+        workers = stage.load("hardware", HardwareConfig).workers
         encoding = load_encoding(config.encoding)
-        figures = tokenize_corpus(CORPUS, TOKENS, encoding, config.shard_tokens, hardware.workers)
-        benchmark = tokenize_items(list(read_items(ITEMS)), encoding)
-        save_benchmark(benchmark, TOKENS / "hellaswag.npz")
-        found = items_in_training(benchmark, TokenSet(TOKENS, "train"))
-        write_json(METRICS, {**figures, "benchmark_items": len(benchmark.labels), "benchmark_items_in_train": found})
+        identity = token_identity(CORPUS, encoding, config.shard_tokens, workers)
+        scratch = scratch_folder("tokenize", identity, SOURCES)
+        with staged(TOKENS, scratch) as folder:
+            figures = tokenize_corpus(CORPUS, folder, encoding, config.shard_tokens, workers, records=scratch)
+            benchmark = tokenize_items(list(read_items(ITEMS)), encoding)
+            save_benchmark(benchmark, folder / "hellaswag.npz")
+            found = items_in_training(benchmark, TokenSet(folder, "train"), workers)
+            figures |= {"benchmark_items": len(benchmark.labels), "benchmark_items_in_train": found}
+            write_json(METRICS, figures)
 
 
 if __name__ == "__main__":

@@ -5,7 +5,8 @@ from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2 import checkpoint, params
+from gpt2 import params
+from gpt2.checkpoint import require_agreement
 from gpt2.data import TrainOrder, eval_windows
 from gpt2.dist import Dist, distributed, make_deterministic
 from gpt2.evaluate import mean_loss
@@ -17,6 +18,7 @@ from gpt2.model import GPT, GPTConfig
 from gpt2.pretrained import load_pretrained
 from gpt2.rows import TABLES
 from gpt2.scoring import HellaswagConfig
+from gpt2.scratch import drop, locked, scratch_folder
 from gpt2.shards import TokenSet
 from gpt2.stage import Stage
 from gpt2.train import Evaluation, TrainConfig, TrainResult, fit, measure_loaded
@@ -67,9 +69,9 @@ def set_up(stage: Stage, dist: Dist) -> Run:
 
 def train(stage: Stage, run: Run) -> Path:
     """Train in this process and, in the main one, write the outputs. Return the folder of the resume state."""
-    scratch = checkpoint.scratch_folder("train", run_identity(run.model.config, run.config, run.tokens), SOURCES)
-    checkpoint.require_agreement(scratch, run.dist)
-    with checkpoint.locked(scratch) if run.dist.is_main else nullcontext():
+    scratch = scratch_folder("train", run_identity(run.model.config, run.config, run.tokens), SOURCES)
+    require_agreement(scratch, run.dist)
+    with locked(scratch) if run.dist.is_main else nullcontext():
         result = fit(run.model, run.config, run.order, run.evaluation, run.dist, scratch)
         write(stage, run, result)
     return scratch
@@ -116,7 +118,7 @@ def main() -> None:
         scratch = load(stage, run) if run.config.init_from else train(stage, run)
     # Only now: the stage may still have refused its result, and a second try goes on from here.
     if dist.is_main and scratch:
-        checkpoint.drop(scratch)
+        drop(scratch)
 
 
 if __name__ == "__main__":

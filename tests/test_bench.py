@@ -2,16 +2,20 @@
 
 from types import SimpleNamespace
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import bench.__main__ as bench
-from bench import generate, gpu_table, hellaswag, optimizers
+from bench import generate, gpu_table, hellaswag, optimizers, tokenize
 from gpt2.files import read_json
 from gpt2.items import tokenize_items
 from gpt2.params import load, read
 from gpt2.scoring import evaluate_benchmark
 from gpt2.shape import ModelShape
+from gpt2.shards import TokenSet
 from gpt2.tokenizer import load_encoding
 from tests.analysed import VOCAB_SIZE, make_model
 from tests.closure import ROOT
@@ -121,6 +125,69 @@ def test_rates_of_scoring_are_compared_item_by_item():
 def test_scoring_names_missing_items():
     with pytest.raises(SystemExit, match=r"absent\.jsonl does not exist"):
         hellaswag.main(["--items", "absent.jsonl"])
+
+
+@pytest.fixture
+def parquet(tmp_path):
+    """A file of three texts, one of which spells a special token."""
+    path = tmp_path / "texts.parquet"
+    pq.write_table(pa.table({"text": ["one", "<|endoftext|> two", "three 漢字"], "url": ["a", "b", "c"]}), path)
+    return path
+
+
+def test_both_methods_of_tokenizing_write_the_same_tokens(parquet, tmp_path, monkeypatch):
+    monkeypatch.setattr(tokenize, "SHARD_TOKENS", 10)
+    corpus = tmp_path / "corpus"
+    documents, n_bytes = tokenize.write_corpus([parquet], corpus, repeat=4)
+    assert (documents, n_bytes) == (12, 4 * (3 + 17 + 12))
+    told = {row: tokenize.run_row(row, corpus, tmp_path / row) for row in (tokenize.NANOGPT, "1")}
+    theirs = np.concatenate([np.load(path) for path in sorted((tmp_path / tokenize.NANOGPT).iterdir())])
+    splits = [TokenSet(tmp_path / "1", split) for split in tokenize.SPLITS]
+    ours = np.concatenate([split.read(0, split.n_tokens) for split in splits])
+    assert theirs.tolist() == ours.tolist()
+    assert {row: turn["tokens"] for row, turn in told.items()} == dict.fromkeys(told, len(ours))
+    assert tokenize.run_row(tokenize.BARE, corpus, tmp_path)["bytes_per_s"] > 0
+
+
+def test_rates_of_tokenizing_are_those_of_the_fastest_turn():
+    def turn(seconds: float, parent: int, worker: int = 0) -> dict:
+        return {
+            "seconds": seconds,
+            "cpu_s": 2 * seconds,
+            "tokens": 1000,
+            "parent": parent * 2**20,
+            "worker": worker * 2**20,
+        }
+
+    turns = {
+        tokenize.BARE: [{"bytes_per_s": 9e6}, {"bytes_per_s": 10e6}],
+        tokenize.NANOGPT: [turn(20, 300, 60), turn(25, 310, 50)],
+        "1": [turn(16, 200), turn(14, 210)],
+        "4": [turn(5, 220, 140), turn(9, 190, 150)],
+    }
+    table = tokenize.tabulate(turns, n_bytes=120_000_000, cores=4)
+    # Two processes of four cores: 6 MB/s of 20.
+    theirs = ["2", "6.0", "50", "1.00", "–", "30 %", "40.0", "310 MiB", "60 MiB"]
+    assert read_cells(table, "build-nanogpt's method")[1:] == theirs
+    assert read_cells(table, "this project")[1:] == ["1", "8.6", "71", "1.43", "1.00", "86 %", "28.0", "210 MiB", "–"]
+    last = table.splitlines()[4].strip("|").split("|")
+    assert [cell.strip() for cell in last][1:] == [
+        "4",
+        "24.0",
+        "200",
+        "4.00",
+        "2.80",
+        "60 %",
+        "10.0",
+        "220 MiB",
+        "150 MiB",
+    ]
+    assert "Limit: 10.0 MB/s for each process" in table
+
+
+def test_tokenizing_names_missing_files():
+    with pytest.raises(SystemExit, match=r"absent\.parquet does not exist"):
+        tokenize.main(["absent.parquet"])
 
 
 @pytest.mark.parametrize("device", generate.DEVICES)

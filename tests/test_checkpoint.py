@@ -16,13 +16,10 @@ from torch import Tensor
 from gpt2 import checkpoint
 from gpt2.checkpoint import (
     KEPT,
-    drop,
-    locked,
     read_checkpoints,
     require_agreement,
     restore,
     save_checkpoint,
-    scratch_folder,
 )
 from gpt2.dist import Dist
 from gpt2.files import UserError
@@ -208,23 +205,6 @@ def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_temporary_file(tmp_
     assert_same(resumed.tensors(), before)
 
 
-def test_the_folder_is_one_for_each_identity_and_code(tmp_path, monkeypatch):
-    monkeypatch.delenv("DVC_ROOT", raising=False)
-    source = tmp_path / "code.py"
-    source.write_text("first = 1\n")
-    folder = scratch_folder("train", {"lr": 0.1, "seed": 1}, [source])
-    assert folder.parent == Path(".scratch/train")
-    assert scratch_folder("train", {"seed": 1, "lr": 0.1}, [source]) == folder
-    assert scratch_folder("train", {"lr": 0.1, "seed": 2}, [source]) != folder
-    assert scratch_folder("other", {"lr": 0.1, "seed": 1}, [source]) != folder
-    # DVC runs queued experiments in a copy of the repository and names the original.
-    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
-    assert scratch_folder("train", {"lr": 0.1, "seed": 1}, [source]) == tmp_path / folder
-    monkeypatch.delenv("DVC_ROOT")
-    source.write_text("first = 2\n")
-    assert scratch_folder("train", {"lr": 0.1, "seed": 1}, [source]) != folder
-
-
 class Second(Dist):
     """A process whose main one has the run `abc`."""
 
@@ -237,16 +217,3 @@ def test_machines_that_would_train_different_runs_are_refused():
     require_agreement(Path(".scratch/train/abc"), second)
     with pytest.raises(UserError, match=r"rank 1 has run def, the main process abc: parameters, data/tokens or code"):
         require_agreement(Path(".scratch/train/def"), second)
-
-
-def test_a_held_folder_is_refused_until_it_is_let_go(tmp_path):
-    folder = tmp_path / "scratch"
-    with pytest.raises(KeyError), locked(folder):
-        with pytest.raises(UserError, match=rf"another run of this configuration holds {folder}; wait"), locked(folder):
-            pass
-        raise KeyError
-    with locked(folder):
-        drop(folder)
-        assert not folder.exists()
-    with locked(folder):
-        assert folder.is_dir()

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML
 from gpt2 import forecast, machine, volume
 from gpt2.checkpoint import KEPT
 from gpt2.files import UserError, write_json
-from gpt2.forecast import READ_RATE, WRITE_RATE, Estimate, Rate, Record, device_rate, estimate_stages
+from gpt2.forecast import ENCODE_RATE, READ_RATE, WRITE_RATE, Estimate, Rate, Record, device_rate, estimate_stages
 from gpt2.machine import Gpu, Machine, look, product_rate
 from gpt2.model import GPT, GPTConfig
 from gpt2.params import read
@@ -23,7 +23,7 @@ from gpt2.tokenizer import load_encoding
 from gpt2.train_results import PEAK_FLOPS, training_flops_per_token
 from gpt2.volume import PROSE_BYTES_PER_TOKEN, PROSE_DOCUMENT_BYTES, Volume, estimate_volume
 from gpt2.weights import save_model
-from gpt2.workload import VOCAB_SIZE, Need, Plan, Workload, count_parameters, forward_flops
+from gpt2.workload import TEXT_PROCESS, VOCAB_SIZE, Need, Plan, Workload, count_parameters, forward_flops
 from tests.closure import ROOT
 from tests.pipeline import STAGES
 from tests.planned import H200, LAPTOP, SERVER, VOLUME, change, plan_of
@@ -294,14 +294,23 @@ def test_training_takes_longer_by_its_operations(recorded, tmp_path):
 def test_text_takes_longer_by_its_bytes_and_shorter_by_its_workers(recorded, tmp_path):
     seconds = recorded()
     text = replace(VOLUME, n_bytes=10 * VOLUME.n_bytes)
-    server = replace(SERVER, gpus=())
-    found = times(tmp_path, plan_of("short"), server, lambda: Rate(1e12, ""), text)
-    # 16 workers instead of 2
-    assert found["tokenize"].seconds == pytest.approx(10 / 8 * seconds["tokenize"])
-    assert found["tokenize"].basis == "recorded run (tiny)"
+    found = times(tmp_path, plan_of(), text=text)
+    # 120 MB are worth two processes, 12 MB none.
+    assert found["tokenize"].seconds == pytest.approx(10 / 2 * seconds["tokenize"])
+    assert found["tokenize"].basis == "recorded run"
     # Two workers on one core take turns.
     single = times(tmp_path, plan_of(), replace(LAPTOP, cores=1), text=text)
     assert single["tokenize"].need.parallel == 1
+
+
+def test_at_another_scale_text_is_tokenized_at_the_rate_of_its_processes(recorded, tmp_path):
+    recorded()
+    text = replace(VOLUME, n_bytes=45e9, documents=1e7, bytes_per_token=4.5)
+    found = times(tmp_path, plan_of("full"), SERVER, lambda: Rate(1e12, ""), text)["tokenize"]
+    assert found.seconds == pytest.approx(45e9 / 16 / ENCODE_RATE)
+    assert found.basis == "16 × 20 MB/s"
+    # Two shards, 16 workers and what waits for its turn: under 2 GiB and 300 MiB a worker.
+    assert 16 * TEXT_PROCESS < found.need.memory < 2 * 2**30 + 16 * 300 * 2**20
 
 
 def test_another_source_is_read_at_another_rate(recorded, tmp_path):
@@ -349,9 +358,9 @@ def test_a_stage_whose_recorded_parameters_do_not_fit_is_left_out(recorded, tmp_
 
 def test_a_stage_without_recorded_seconds_is_left_out(recorded, tmp_path):
     recorded()
-    (tmp_path / "metrics/speed/tokenize.json").unlink()
+    (tmp_path / "metrics/speed/report.json").unlink()
     found = times(tmp_path, plan_of())
-    assert (found["tokenize"].seconds, found["tokenize"].basis) == (None, "no record")
+    assert (found["report"].seconds, found["report"].basis) == (None, "no record")
 
 
 # Time by operations and rate

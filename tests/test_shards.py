@@ -1,13 +1,16 @@
 """Token files return what was written, wherever shards end, and no damaged or foreign file is read."""
 
+import errno
 import hashlib
 import math
+import shutil
 
 import numpy as np
 import pytest
 
+from gpt2 import shards
 from gpt2.files import UserError, read_json, write_json
-from gpt2.shards import HEADER_BYTES, TokenSet, Vocabulary, write_split
+from gpt2.shards import HEADER_BYTES, Piece, ShardWriter, TokenSet, Vocabulary, write_split
 
 VOCABULARY = Vocabulary(encoding="gpt2", vocab_size=1000, eot_token=0)
 
@@ -168,4 +171,153 @@ def test_a_shard_of_llm_c_is_read_though_it_names_no_vocabulary(tmp_path):
     shard = tmp_path / "train_00000.bin"
     shard.write_bytes(patch(12, [0])(shard.read_bytes()))
     assert len(shard.read_bytes()) == HEADER_BYTES + 10
+    manifest = read_json(tmp_path / "train.json")
+    manifest["shards"]["train_00000.bin"]["sha256"] = hashlib.sha256(shard.read_bytes()).hexdigest()
+    write_json(tmp_path / "train.json", manifest)
     assert TokenSet(tmp_path, "train").read(0, 5).tolist() == [0, 1, 2, 3, 4]
+
+
+# Digests.
+
+
+@pytest.fixture
+def root(tmp_path, monkeypatch):
+    """A root of DVC's, whose scratch starts empty."""
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path / "root"))
+    return tmp_path / "root"
+
+
+def damage(path) -> None:
+    """Change one token and nothing about the size."""
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(content)
+
+
+def test_an_altered_token_is_noticed_at_the_first_read_of_its_shard(tmp_path, root):
+    write(tmp_path, make_documents(25))
+    damage(tmp_path / "train_00001.bin")
+    tokens = TokenSet(tmp_path, "train")
+    assert tokens.read(0, 10).tolist() == list(range(10))
+    for _ in range(2):
+        with pytest.raises(
+            UserError, match=r"train_00001\.bin has sha256 \w{8}…, the manifest says .*altered or damaged"
+        ):
+            tokens.read(5, 10)
+    assert tokens.read(20, 5).tolist() == list(range(20, 25))
+    assert not root.exists()
+
+
+def test_a_large_shard_is_hashed_once_as_long_as_it_stays_as_it_is(tmp_path, root, monkeypatch):
+    monkeypatch.setattr(shards, "REMEMBERED_BYTES", 1)
+    hashed = []
+    digest = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: hashed.append(file.name) or digest(file, name))
+    write(tmp_path / "tokens", make_documents(15))
+    # The writer had the content in hand.
+    TokenSet(tmp_path / "tokens", "train").read(0, 15)
+    assert hashed == []
+    # A copy is another file.
+    shutil.copytree(tmp_path / "tokens", tmp_path / "copy")
+    for _ in range(2):
+        TokenSet(tmp_path / "copy", "train").read(0, 15)
+    assert hashed == [str(tmp_path / "copy" / f"train_0000{i}.bin") for i in (0, 1)]
+    damage(tmp_path / "copy" / "train_00000.bin")
+    with pytest.raises(UserError, match=r"altered or damaged"):
+        TokenSet(tmp_path / "copy", "train").read(0, 1)
+
+
+def test_where_scratch_cannot_be_written_every_reader_checks(tmp_path, root, monkeypatch):
+    monkeypatch.setattr(shards, "REMEMBERED_BYTES", 1)
+    root.write_text("a file where a folder is wanted")
+    assert write(tmp_path / "tokens", make_documents(15)).read(0, 15).tolist() == list(range(15))
+    damage(tmp_path / "tokens" / "train_00000.bin")
+    with pytest.raises(UserError, match=r"altered or damaged"):
+        TokenSet(tmp_path / "tokens", "train").read(0, 1)
+
+
+# A writer that goes on where another was killed.
+
+# Documents that end within shards, at their end, and several shards later; 95 tokens in all.
+PIECES = [Piece(tokens, 2, n_bytes) for tokens, n_bytes in make_documents(7, 3, 1, 41, 0, 8, 10, 25)]
+
+
+def write_pieces(folder, record, stop: int | None = None) -> tuple[int, int]:
+    """Write PIECES in shards of 10 tokens, the first `stop` of them only; pieces and shards that were there before."""
+    with ShardWriter(folder, "train", VOCABULARY, 10, record) as writer:
+        found = writer.pieces, writer.finished_shards
+        for piece in PIECES[writer.pieces : stop]:
+            writer.add(piece)
+        if stop is None:
+            writer.close()
+    return found
+
+
+@pytest.fixture
+def uninterrupted(tmp_path) -> dict[str, bytes]:
+    write_pieces(tmp_path / "whole", tmp_path / "whole.json")
+    return contents(tmp_path / "whole")
+
+
+def contents(folder) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+@pytest.mark.parametrize("stop", range(len(PIECES) + 1))
+def test_a_writer_goes_on_after_the_finished_shards_of_another(tmp_path, uninterrupted, stop):
+    folder, record = tmp_path / "tokens", tmp_path / "record.json"
+    write_pieces(folder, record, stop)
+    n_tokens = sum(len(piece.tokens) for piece in PIECES[:stop])
+    written = {path: path.stat().st_ino for path in folder.iterdir()}
+    assert len(written) == n_tokens // 10
+    pieces, finished = write_pieces(folder, record)
+    assert finished == n_tokens // 10 and pieces <= stop
+    assert {path: path.stat().st_ino for path in written} == written
+    assert contents(folder) == uninterrupted
+    # And once more when all is there.
+    assert write_pieces(folder, record) == (len(PIECES), 10)
+    assert contents(folder) == uninterrupted
+
+
+@pytest.mark.parametrize("fault", ["damaged", "gone", "cut"])
+def test_a_finished_shard_that_is_not_what_it_was_is_written_again_and_all_behind_it(tmp_path, uninterrupted, fault):
+    folder, record = tmp_path / "tokens", tmp_path / "record.json"
+    write_pieces(folder, record, 6)
+    shard = folder / "train_00003.bin"
+    if fault == "damaged":
+        damage(shard)
+    elif fault == "gone":
+        shard.unlink()
+    else:
+        shard.write_bytes(shard.read_bytes()[:100])
+    assert write_pieces(folder, record)[1] == 3
+    assert contents(folder) == uninterrupted
+
+
+def test_a_shard_that_is_in_no_record_counts_for_nothing(tmp_path, uninterrupted):
+    folder, record = tmp_path / "tokens", tmp_path / "record.json"
+    write_pieces(folder, record, 6)
+    record.unlink()
+    (folder / "train_00017.bin").write_bytes(b"left over")
+    assert write_pieces(folder, record) == (0, 0)
+    assert contents(folder) == uninterrupted
+
+
+def test_a_full_disk_is_told_with_what_it_needs(tmp_path, uninterrupted, monkeypatch):
+    folder, record = tmp_path / "tokens", tmp_path / "record.json"
+    write_shard = shards._write_shard
+
+    def refuse_third(path, *arguments):
+        if "00002" in path.name:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write_shard(path, *arguments)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(shards, "_write_shard", refuse_third)
+        message = (
+            r"train_00002\.bin cannot be written \(.*No space left.*\); it needs 0\.0 MB: make room and run dvc repro"
+        )
+        with pytest.raises(UserError, match=message):
+            write_pieces(folder, record)
+    assert write_pieces(folder, record)[1] == 2
+    assert contents(folder) == uninterrupted

@@ -6,9 +6,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.checkpoint import scratch_folder
 from gpt2.files import write_json
 from gpt2.model import GPTConfig
+from gpt2.scratch import scratch_folder
 from gpt2.shards import TokenSet
 from gpt2.stability import DIVERGENCE_NATS, SPIKE_NATS, STALL_NATS, WINDOW, DivergenceWatch, count_spikes, has_stalled
 from gpt2.train import TrainConfig, TrainResult
