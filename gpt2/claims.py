@@ -166,7 +166,7 @@ CLAIMS = (
     ),
     Claim(
         "heads",
-        "The similarity comes of reading text: on the same tokens shuffled the model has fewer such pairs",
+        "The similarity comes from reading text: on the same tokens shuffled the model has fewer such pairs",
         "`heads.redundant_pairs` > `heads.shuffled_redundant_pairs`",
         measures.measure_beyond_order,
     ),

@@ -1,7 +1,7 @@
 """Heads beside null models: all that the head similarity study measures of a model.
 
 An untrained model of the same shape has causal masks and first tokens, and nothing learned. The model itself on the
-same tokens in random order has all that it learned and nothing to read: what its heads still have in common comes of
+same tokens in random order has all that it learned and nothing to read: what its heads still have in common comes from
 positions and of single tokens. Similarity that a null model has as well is no sign that heads learned the same.
 """
 
