@@ -27,7 +27,7 @@ from gpt2.params import Config
 # Room for one block of float64 vectors of all heads: near the caches of a CPU, enough work for a GPU.
 BLOCK_BYTES = {"cpu": 2**24, "cuda": 2**28}
 # A block of patterns takes at most this part of the query positions: keys after its last one are never computed.
-MOST_ROWS = 1 / 8
+MOST_ROWS = 1 / 4
 # Sums are split into so many: a GPU gives a product of few rows and a long sum to few of its processors.
 SPLITS = {"cpu": 1, "cuda": 64}
 PATTERNS = ("pattern", "pattern_nosink")

@@ -2,7 +2,7 @@
 
 An untrained model of the same shape has causal masks and first tokens, and nothing learned. The model itself on the
 same tokens in random order has all that it learned and nothing to read: what its heads still have in common comes from
-positions and of single tokens. Similarity that a null model has as well is no sign that heads learned the same.
+positions and single tokens. Similarity that a null model has as well is no sign that heads learned the same.
 """
 
 import numpy as np
