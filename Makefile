@@ -38,3 +38,4 @@ bench: setup  ## the benchmarks; NANOGPT=nanoGPT checkout adds a baseline, HELLA
 	python -m bench.generate $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	python -m bench.hellaswag $(if $(HELLASWAG),--items $(HELLASWAG))
 	$(if $(TEXT),python -m bench.tokenize $(TEXT))
+	python -m bench.heads

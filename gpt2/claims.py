@@ -166,6 +166,12 @@ CLAIMS = (
     ),
     Claim(
         "heads",
+        "The similarity comes from reading text: on the same tokens shuffled the model has fewer such pairs",
+        "`heads.redundant_pairs` > `heads.shuffled_redundant_pairs`",
+        measures.measure_beyond_order,
+    ),
+    Claim(
+        "heads",
         "Similar heads are mostly in the middle layers",
         "`heads.redundant_pairs_middle_percent` > 50 and > `heads.middle_layers_percent`",
         measures.measure_middle,

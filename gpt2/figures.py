@@ -10,6 +10,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.image import AxesImage
 from matplotlib.ticker import LogFormatter
 
 from gpt2.files import atomic_path
@@ -32,6 +33,7 @@ GREY, INK = "#8c8c8c", "#333333"
 NORM_COLOURS = {"preln": "#0072b2", "postln": "#d55e00", "deepnorm": "#009e73"}
 CRITERION_COLOURS = {"redundancy": "#cc79a7", "taylor": "#e69f00", "magnitude": "#56b4e9", "random": GREY}
 GROUP_COLOURS = dict(zip(WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=True))
+NULL_COLOURS = {"shuffled": ("shuffled tokens", "#cc79a7"), "untrained": ("untrained model", GREY)}
 MARKERS = "os^D"
 REPAIR_LINES = {"none": "-", "refit": "-", "stepwise refit": "-.", "merge": ":", "merge and stepwise refit": "--"}
 PREDICTORS = {"similarity": "Highest similarity to a head of its layer", "taylor": "Taylor importance"}
@@ -192,33 +194,79 @@ def draw_tokenizer(results: Results) -> Figure:
 
 
 def draw_heads(results: Results) -> Figure:
-    """Cosine similarity of the patterns of all heads, and each layer's highest and mean against an untrained model."""
+    """Cosine similarity of the patterns of all pairs of heads, with lines between the layers."""
     matrix = results.table("head_similarity/matrix.csv", ["head"]).set_index("head")
-    columns = ["layer", "max_similarity", "mean_similarity", "untrained_mean"]
-    layers = results.table("head_similarity/layers.csv", columns)
-    figure, (picture, profile) = _panels(2, 3.9)
-    image = picture.imshow(matrix.to_numpy(), cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
-    bar = figure.colorbar(image, ax=picture, fraction=0.05)
-    bar.set_label("Cosine similarity of patterns", size=9, color=INK)
-    bar.ax.tick_params(color=GREY, labelcolor=INK, labelsize=8)
+    figure, (axes,) = _panels(1, 7.0)
+    image = _draw_cosines(axes, matrix.to_numpy())
+    _cosine_bar(figure, image, [axes])
     # Heads are named like l0h0.
     heads = matrix.index.str.extract(r"l(\d+)h", expand=False).astype(int).value_counts(sort=False)
     ends = np.cumsum(heads)
     for end in ends[:-1]:
-        picture.axhline(end - 0.5, color="white", linewidth=0.7)
-        picture.axvline(end - 0.5, color="white", linewidth=0.7)
+        axes.axhline(end - 0.5, color="white", linewidth=1)
+        axes.axvline(end - 0.5, color="white", linewidth=1)
     centres = ends - heads / 2 - 0.5
-    picture.set_xticks(centres, heads.index)
-    picture.set_yticks(centres, heads.index)
-    picture.set(xlabel="Heads by layer", ylabel="Heads by layer")
-    picture.grid(False)
-    colour = NORM_COLOURS[results.norm]
-    profile.plot(layers["layer"], layers["max_similarity"], "o-", color=colour, label="highest pair")
-    profile.plot(layers["layer"], layers["mean_similarity"], "s--", color=colour, label="mean of pairs")
-    profile.plot(layers["layer"], layers["untrained_mean"], "^:", color=GREY, label="mean, untrained")
-    _level(profile, results.value("heads.threshold"), "threshold")
-    profile.set(xlabel="Layer", ylabel="Cosine similarity in the layer", xticks=layers["layer"], ylim=(0, 1.08))
-    _legend(figure, [profile])
+    axes.set_xticks(centres, heads.index)
+    axes.set_yticks(centres, heads.index)
+    axes.set(xlabel="Heads by layer", ylabel="Heads by layer")
+    return figure
+
+
+def draw_head_layers(results: Results) -> Figure:
+    """Cosine similarity of the patterns within each layer: above the diagonal on text, below it on shuffled tokens."""
+    pairs = results.table("head_similarity/pairs.csv", ["layer", "head_a", "head_b", "similarity", "shuffled"])
+    threshold, layers = results.value("heads.threshold"), sorted(pairs["layer"].unique())
+    columns = min(4, len(layers))
+    rows = -(-len(layers) // columns)
+    figure, panels = _panels(columns, 0.4 + rows * 7.6 / columns, rows)
+    for axes, layer in zip(panels, layers, strict=False):
+        here = pairs[pairs["layer"] == layer]
+        n_heads = 1 + here["head_b"].max()
+        cosines = np.full((n_heads, n_heads), np.nan)
+        cosines[here["head_a"], here["head_b"]] = here["similarity"]
+        cosines[here["head_b"], here["head_a"]] = here["shuffled"]
+        image = _draw_cosines(axes, cosines)
+        y, x = np.nonzero(cosines > threshold)
+        axes.plot(x, y, ".", color=INK, markersize=3)
+        axes.set_title(f"layer {layer}", size=9, color=INK)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+        axes.yaxis.get_major_locator().set_params(integer=True)
+    for axes in panels[len(layers) :]:
+        axes.set_visible(False)
+    if (pairs[["similarity", "shuffled"]] > threshold).any(axis=None):
+        panels[0].plot([], [], ".", color=INK, label=f"above {threshold}")
+    _cosine_bar(figure, image, panels)
+    figure.supxlabel("Head (above the diagonal on text, below it on shuffled tokens)", size=9, color=INK)
+    figure.supylabel("Head", size=9, color=INK)
+    _legend(figure, panels[:1])
+    return figure
+
+
+def draw_head_nulls(results: Results) -> Figure:
+    """Cosines of all pairs of each layer beside the null models, with and without the first key, and the thresholds."""
+    ends = {"": "all keys", "_nosink": "without the first key"}
+    columns = ["similarity", "nosink", *(f"{null}{end}" for null in NULL_COLOURS for end in ends)]
+    pairs = results.table("head_similarity/pairs.csv", ["layer", *columns])
+    figure, panels = _panels(len(ends), 3.9)
+    for axes, (end, title) in zip(panels, ends.items(), strict=True):
+        drawn = {end.removeprefix("_") or "similarity": ("trained model, text", NORM_COLOURS[results.norm])}
+        drawn |= {f"{null}{end}": (name, colour) for null, (name, colour) in NULL_COLOURS.items()}
+        for place, (column, (name, colour)) in zip((-0.25, 0, 0.25), drawn.items(), strict=True):
+            # Side by side, so that points of the same height are seen.
+            spread = 0.08 * np.sin(np.arange(len(pairs)))
+            axes.plot(pairs["layer"] + place + spread, pairs[column], "o", color=colour, markersize=1.5, alpha=0.5)
+            means = pairs.groupby("layer")[column].mean()
+            axes.hlines(means, means.index + place - 0.11, means.index + place + 0.11, color=INK, linewidth=1.2)
+            axes.plot([], [], "o", color=colour, markersize=4, label=name)
+        for null, (name, colour) in NULL_COLOURS.items():
+            level = results.value(f"heads.{null}_threshold{end}")
+            axes.axhline(level, color=colour, linestyle=":", linewidth=1.2, zorder=1, label=f"calibrated on {name}")
+        axes.plot([], [], "_", color=INK, markersize=9, label="mean of a layer")
+        _level(axes, results.value("heads.threshold"), "threshold of the reference")
+        axes.set_title(title, size=9, color=INK)
+        axes.set(xlabel="Layer", xticks=pairs["layer"].unique(), ylim=(0, 1.04))
+    panels[0].set_ylabel("Cosine similarity of two heads of a layer")
+    _legend(figure, panels[:1], columns=4)
     return figure
 
 
@@ -282,6 +330,8 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
     "norm_study": draw_norm_study,
     "tokenizer": draw_tokenizer,
     "heads": draw_heads,
+    "head_layers": draw_head_layers,
+    "head_nulls": draw_head_nulls,
     "prunability": draw_prunability,
     "prune": draw_prune,
 }
@@ -330,10 +380,22 @@ def _level(axes: Axes, value: float, label: str, linestyle: str = "--") -> None:
     axes.axhline(value, color=INK, linestyle=linestyle, linewidth=0.8, zorder=1, label=label)
 
 
-def _legend(figure: Figure, panels: list[Axes]) -> None:
+def _draw_cosines(axes: Axes, matrix: np.ndarray) -> AxesImage:
+    """A square matrix of cosines from 0 to 1 as colours; what is missing stays white."""
+    axes.grid(False)
+    return axes.imshow(matrix, cmap="cividis", vmin=0, vmax=1, interpolation="nearest")
+
+
+def _cosine_bar(figure: Figure, image: AxesImage, panels: list[Axes]) -> None:
+    bar = figure.colorbar(image, ax=panels, fraction=0.05, pad=0.02)
+    bar.set_label("Cosine similarity of patterns", size=9, color=INK)
+    bar.ax.tick_params(color=GREY, labelcolor=INK, labelsize=8)
+
+
+def _legend(figure: Figure, panels: list[Axes], columns: int = 6) -> None:
     """One legend above the panels, where it hides no curve."""
     handles = [handle for axes in panels for handle in axes.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside upper center", ncols=columns, frameon=False, fontsize=8)
 
 
 def _fault(axes: Axes, position: float, colour: str = INK) -> None:

@@ -1,15 +1,15 @@
-"""How alike the attention heads of a model are, over validation tokens.
+"""How alike the attention heads of a model are, over tokens of text.
 
 The pattern of a head is softmax(q k' / sqrt(D)), for each sequence a lower triangle of T x T weights. Laid end to end
 over all sequences, query and key positions it is one vector per head, and two heads are compared by the cosine of their
 vectors. Causal masks and the first token, which many heads use as a resting place, make patterns alike by themselves;
-so the same figures are taken without the first key and for an untrained model.
+so the same figures are taken without the first key, for an untrained model, and for the same tokens in random order.
 
 Letters: B sequences, T tokens, C channels, D channels of a head, M heads of all layers together.
 """
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Annotated, NamedTuple
@@ -25,8 +25,17 @@ from gpt2.model import GPT, GPTConfig
 from gpt2.params import Config
 
 # Room for one block of float64 vectors of all heads: near the caches of a CPU, enough work for a GPU.
-BLOCK_BYTES = {"cpu": 2**22, "cuda": 2**28}
-MATRICES = ("pattern", "pattern_nosink", "output", "written")
+BLOCK_BYTES = {"cpu": 2**24, "cuda": 2**28}
+# A block of patterns takes at most this part of the query positions: keys after its last one are never computed.
+MOST_ROWS = 1 / 4
+# Sums are split into so many: a GPU gives a product of few rows and a long sum to few of its processors.
+SPLITS = {"cpu": 1, "cuda": 64}
+PATTERNS = ("pattern", "pattern_nosink")
+# What compare_heads measures on tokens, and with what compare_circuits reads from the weights all that is compared.
+ACTIVITY = (*PATTERNS, "output", "written")
+MATRICES = (*ACTIVITY, "qk", "ov")
+# Models that have learned nothing, or see text without order: what they have alike is no finding.
+NULLS = ("untrained", "shuffled")
 
 
 class HeadsConfig(Config):
@@ -38,7 +47,9 @@ class HeadsConfig(Config):
     batch_size: PositiveInt
     # Two heads of one layer whose patterns have a cosine above this are redundant.
     threshold: Annotated[float, Field(gt=0, lt=1)]
-    # Of the weights of the untrained model.
+    # The share of a null model's pairs, in percent, that lies below the threshold calibrated on it.
+    null_percentile: Annotated[float, Field(gt=0, lt=100)]
+    # Of the weights of the untrained model and of the order of shuffled tokens.
     seed: NonNegativeInt
 
 
@@ -86,46 +97,51 @@ def capture_heads(model: GPT) -> Iterator[Captured]:
             hook.remove()
 
 
-def attend(qkv: Tensor, rows: slice) -> Tensor:
-    """Patterns of the query positions `rows` over the keys before rows.stop, (H, B, Q, K) float64.
-
-    qkv (B, T, 3, H, D) is what c_attn computed. In float64, because fp32 products may be set to run as TF32.
+def attend(q: Tensor, k: Tensor) -> Tensor:
+    """Patterns (..., Q, K) of the queries q (..., Q, D) over the keys k (..., K, D), of which the last belongs to the
+    last query. In float64, because fp32 products may be set to run as TF32.
     """
-    q, k = qkv[:, rows, 0].double(), qkv[:, : rows.stop, 1].double()
-    scores = torch.einsum("bqhd,bkhd->hbqk", q, k) / math.sqrt(q.shape[-1])
-    future = torch.ones(scores.shape[-2:], dtype=torch.bool, device=scores.device).triu(rows.start + 1)
-    return scores.masked_fill_(future, -torch.inf).softmax(-1)
+    q, k = q.double(), k.double()
+    n_queries, before = q.shape[-2], k.shape[-2] - q.shape[-2]
+    scores = (q / math.sqrt(q.shape[-1])) @ k.mT
+    future = torch.ones(n_queries, n_queries, dtype=torch.bool, device=q.device).triu(1)
+    scores[..., before:].masked_fill_(future, -torch.inf)
+    return scores.softmax(-1)
 
 
 @torch.no_grad()
-def compare_heads(model: GPT, idx: Tensor, batch_size: int) -> dict[str, np.ndarray]:
-    """Cosines between all heads of all layers over the token ids `idx` (N, T): the MATRICES, each (M, M) float64.
+def compare_heads(model: GPT, idx: Tensor, batch_size: int, outputs: bool = True) -> dict[str, np.ndarray]:
+    """Cosines between all heads of all layers over the token ids `idx` (N, T): the ACTIVITY, each (M, M) float64.
 
     pattern: of the patterns. pattern_nosink: of the patterns without the first key. output: of the weighted values, D
     numbers a token. written: of what the head adds to the residual stream (its output times its columns of c_proj), C
     numbers a token. Only `written` compares outputs in one basis: a rotation of a head's values that c_proj undoes
-    leaves the model as it is, but changes `output`. A head whose vector is zero has cosine 0 to all others.
+    leaves the model as it is, but changes `output`. A head whose vector is zero has cosine 0 to all others. Without
+    `outputs` the PATTERNS alone.
 
-    Sums are kept in float64, so the result does not depend on batch_size beyond rounding. Memory beside the model:
-    28 L B T C bytes for one batch (264 MB a sequence for GPT-2 124M at T = 1024) and about four blocks of BLOCK_BYTES,
-    where a block is at least one query row of one batch (1.2 MB a sequence).
+    Sums are kept in float64, so the result does not depend on batch_size beyond rounding. No T x T map is ever held:
+    memory, beside the model and its forward pass, is 16 L B T C bytes for what one batch computes (151 MB a sequence
+    for GPT-2 124M at T = 1024), 24 L T C for one of its sequences, and about four blocks of BLOCK_BYTES, where a block
+    is at least one query row of a sequence (1.2 MB).
 
     Raises UserError if the model computes NaN or infinity.
     """
     n_heads = len(list_heads(model.config))
     device = model.wte.weight.device
-    grams = {name: torch.zeros(n_heads, n_heads, dtype=torch.float64, device=device) for name in MATRICES}
+    names = ACTIVITY if outputs else PATTERNS
+    grams = {name: torch.zeros(n_heads, n_heads, dtype=torch.float64, device=device) for name in names}
     for batch in idx.split(batch_size):
         with capture_heads(model) as captured:
             model.hidden(batch.to(device))
-        for pattern in _pattern_blocks(captured.qkv, n_heads):
+        for pattern in _pattern_blocks(captured.qkv):
             first_key = pattern[..., 0].clone()
             pattern[..., 0] = 0
             grams["pattern_nosink"] += _gram(pattern)
             grams["pattern"] += _gram(first_key)
-        grams["output"] += _gram(torch.cat([z.permute(2, 0, 1, 3) for z in captured.output]).double())
-        for written in _written_blocks(model, captured.output, n_heads):
-            grams["written"] += _gram(written)
+        if outputs:
+            for output, written in _output_blocks(model, captured.output):
+                grams["output"] += _gram(output)
+                grams["written"] += _gram(written)
     # Adding the first key to the rest loses nothing; taking it from the whole would cancel digits.
     grams["pattern"] += grams["pattern_nosink"]
     if not all(gram.isfinite().all() for gram in grams.values()):
@@ -133,28 +149,38 @@ def compare_heads(model: GPT, idx: Tensor, batch_size: int) -> dict[str, np.ndar
     return {name: cosine(gram.cpu().numpy()) for name, gram in grams.items()}
 
 
-def _pattern_blocks(qkv: list[Tensor], n_heads: int) -> Iterator[Tensor]:
-    """Yield the patterns of all heads (M, B, Q, K), float64, a few query positions at a time."""
+def _pattern_blocks(qkv: list[Tensor]) -> Iterator[Tensor]:
+    """Yield the patterns of all heads (M, Q, K), float64: of one sequence a few query positions at a time."""
     B, T = qkv[0].shape[:2]
-    n_rows = max(1, BLOCK_BYTES[qkv[0].device.type] // (8 * n_heads * B * T))
-    for start in range(0, T, n_rows):
-        rows = slice(start, min(start + n_rows, T))
-        yield torch.cat([attend(layer, rows) for layer in qkv])
+    for sequence in range(B):
+        q, k = (_join([layer[sequence, :, part] for layer in qkv]) for part in (0, 1))
+        room = BLOCK_BYTES[q.device.type] // (8 * len(q) * T)
+        n_rows = max(1, min(math.ceil(T * MOST_ROWS), room))
+        for start in range(0, T, n_rows):
+            stop = min(start + n_rows, T)
+            yield attend(q[:, start:stop], k[:, :stop])
 
 
-def _written_blocks(model: GPT, outputs: list[Tensor], n_heads: int) -> Iterator[Tensor]:
-    """Yield what all heads add to the residual stream (M, n, C), float64, for a few tokens at a time."""
+def _output_blocks(model: GPT, outputs: list[Tensor]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Yield the outputs of all heads (M, n, D) and what they write (M, n, C), float64, of a few tokens at a time."""
     attns = [block.attn for block in model.h if block.attn.n_head]
-    columns = [attn.c_proj.weight.double().unflatten(1, (attn.n_head, attn.head_dim)) for attn in attns]
-    n_rows = max(1, BLOCK_BYTES[outputs[0].device.type] // (8 * n_heads * model.config.n_embd))
-    for blocks in zip(*(z.flatten(0, 1).split(n_rows) for z in outputs), strict=True):
-        yield torch.cat([torch.einsum("nhd,chd->hnc", z.double(), w) for z, w in zip(blocks, columns, strict=True)])
+    columns = torch.cat([attn.c_proj.weight.double().t().unflatten(0, (attn.n_head, -1)) for attn in attns])
+    n_rows = max(1, BLOCK_BYTES[columns.device.type] // (8 * len(columns) * model.config.n_embd))
+    for layers in zip(*(z.flatten(0, 1).split(n_rows) for z in outputs), strict=True):
+        output = _join(layers)
+        yield output, output @ columns
+
+
+def _join(layers: Sequence[Tensor]) -> Tensor:
+    """What the heads of each layer computed of n tokens, (n, H, D), as (M, n, D) float64."""
+    return torch.cat(layers, dim=1).transpose(0, 1).contiguous().double()
 
 
 def _gram(vectors: Tensor) -> Tensor:
     """Products (M, M) of the float64 vectors (M, ...) with each other."""
     flat = vectors.flatten(1)
-    return flat @ flat.t()
+    parts = flat.unflatten(1, (math.gcd(flat.shape[1], SPLITS[flat.device.type]), -1)).transpose(0, 1)
+    return (parts @ parts.mT).sum(0)
 
 
 def cosine(gram: np.ndarray) -> np.ndarray:
@@ -165,24 +191,23 @@ def cosine(gram: np.ndarray) -> np.ndarray:
     return np.clip((cosines + cosines.T) / 2, -1, 1)
 
 
-def save_similarities(
-    path: Path, config: GPTConfig, trained: dict[str, np.ndarray], untrained_pattern: np.ndarray
-) -> None:
-    """Write the MATRICES of a model, the patterns' of an untrained one, and `layer` and `head` of each row (M,)."""
+def save_similarities(path: Path, config: GPTConfig, matrices: Mapping[str, np.ndarray]) -> None:
+    """Write the MATRICES of a model, the pattern of each of NULLS, and `layer` and `head` of each row (M,)."""
     layer, head = np.array(list_heads(config)).T
+    saved = {name: matrices[name] for name in (*MATRICES, *(f"{null}_pattern" for null in NULLS))}
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
-        np.savez(out, layer=layer, head=head, untrained_pattern=untrained_pattern, **trained)
+        np.savez(out, layer=layer, head=head, **saved)
 
 
-def load_similarity(path: Path, config: GPTConfig) -> np.ndarray:
-    """Cosines (M, M) of the patterns, written by save_similarities.
+def load_similarities(path: Path, config: GPTConfig) -> dict[str, np.ndarray]:
+    """The MATRICES, each (M, M), written by save_similarities.
 
     Raises UserError if the file is absent, damaged, or of a model with other heads.
     """
     try:
         with np.load(path) as saved:
             heads = list(map(tuple, np.stack([saved["layer"], saved["head"]], axis=1).tolist()))
-            pattern = saved["pattern"]
+            matrices = {name: saved[name] for name in MATRICES}
     except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}); run dvc repro head-similarity") from error
     if heads != list_heads(config):
@@ -190,4 +215,4 @@ def load_similarity(path: Path, config: GPTConfig) -> np.ndarray:
             f"{path} compares {len(heads)} heads, the model has {len(list_heads(config))} or others; "
             "run dvc repro head-similarity"
         )
-    return pattern
+    return matrices

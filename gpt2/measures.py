@@ -223,6 +223,13 @@ def measure_beyond_null(results: Results) -> Finding:
     return trained > untrained, f"{number(trained)} pairs, untrained {number(untrained)}"
 
 
+def measure_beyond_order(results: Results) -> Finding:
+    text, shuffled = results.value("heads.redundant_pairs"), results.value("heads.shuffled_redundant_pairs")
+    correlation = results.value("heads.shuffled_rank_correlation")
+    measured = f"{number(text)} pairs, shuffled {number(shuffled)}; rank correlation of the cosines {correlation:+.2f}"
+    return text > shuffled, measured
+
+
 def measure_middle(results: Results) -> Finding:
     share, layers = results.value("heads.redundant_pairs_middle_percent"), results.value("heads.middle_layers_percent")
     pairs = number(results.value("heads.redundant_pairs"))

@@ -24,11 +24,6 @@ from gpt2.results import Results
 
 MAX_EXAMPLES = 12
 MAX_PAIRS = 5
-HEAD_FIGURES = (
-    *("redundant_pairs", "redundant_heads", "heads", "mean_similarity"),
-    *("untrained_redundant_pairs", "untrained_mean_similarity"),
-)
-
 # Of a column: its heading and how a value is written.
 Columns = dict[str, tuple[str, Callable[..., str]]]
 
@@ -191,14 +186,21 @@ def describe_vocabularies(results: Results, figures: Mapping[str, str]) -> str:
 
 
 def describe_heads(results: Results, figures: Mapping[str, str]) -> str:
-    """Similarity of heads by layer against an untrained model, and the most similar pairs."""
+    """Similarity of heads by layer against two null models, in patterns, in what they write and in their circuits."""
     columns: Columns = {
         "layer": ("Layer", str),
         "redundant_pairs": ("Pairs above", number),
+        "clusters": ("Clusters", lambda clusters: clusters if isinstance(clusters, str) else "–"),
         "max_similarity": ("Highest", number),
         "mean_similarity": ("Mean", number),
-        "mean_nosink": ("Mean without the first key", number),
-        "untrained_mean": ("Mean, untrained", number),
+        "mean_nosink": ("Without the first key", number),
+        "shuffled_mean": ("On shuffled tokens", number),
+        "shuffled_redundant_pairs": ("Pairs above, shuffled", number),
+        "untrained_mean": ("Untrained", number),
+        "untrained_redundant_pairs": ("Pairs above, untrained", number),
+        "mean_written": ("What they write", number),
+        "mean_qk": ("W_QK", number),
+        "mean_ov": ("W_OV", number),
     }
     layers = results.table("head_similarity/layers.csv", list(columns))
     pair_columns: Columns = {
@@ -207,20 +209,84 @@ def describe_heads(results: Results, figures: Mapping[str, str]) -> str:
         "head_b": ("Head", str),
         "similarity": ("Patterns", number),
         "nosink": ("Without the first key", number),
+        "shuffled": ("On shuffled tokens", number),
         "written": ("What they write", number),
+        "qk": ("W_QK", number),
+        "ov": ("W_OV", number),
     }
     pairs = results.table("head_similarity/pairs.csv", list(pair_columns)).nlargest(
         MAX_PAIRS, "similarity", keep="first"
     )
-    figure = {key: number(results.value(f"heads.{key}")) for key in HEAD_FIGURES}
-    lead = (
-        f"{figure['redundant_pairs']} pairs of heads of one layer, formed by {figure['redundant_heads']} of "
-        f"{figure['heads']} heads, have a cosine above {results.value('heads.threshold')}; an untrained model of this "
-        f"shape has {figure['untrained_redundant_pairs']} such pairs. The mean cosine is {figure['mean_similarity']}, "
-        f"untrained {figure['untrained_mean_similarity']}: the causal mask alone makes patterns alike."
+    matrix, by_layer, nulls = (
+        f"![{title}]({figures[name]})"
+        for name, title in (
+            ("heads", "Similarity of all pairs of heads"),
+            ("head_layers", "Similarity within each layer, on text and on shuffled tokens"),
+            ("head_nulls", "Similarity within each layer beside the null models"),
+        )
     )
-    picture = f"![Similarity of all heads and by layer]({figures['heads']})"
-    return "\n\n".join((lead, picture, _frame(layers, columns), "The most similar pairs:", _frame(pairs, pair_columns)))
+    threshold = results.value("heads.threshold")
+    caption = (
+        f"By layer: pairs with patterns of a cosine above {threshold}, the clusters that they form, and means over all "
+        "pairs of the layer, of patterns unless the heading says otherwise. W_QK and W_OV are compared as matrices "
+        "from residual stream to residual stream, with the norm beside them folded in and without biases."
+    )
+    return "\n\n".join((
+        _tell_similarity(results), nulls, caption, _frame(layers, columns), by_layer, "The most similar pairs:",
+        _frame(pairs, pair_columns), matrix,
+    ))  # fmt: skip
+
+
+def _tell_similarity(results: Results) -> str:
+    """What was found on the reference's claim, what the null models say to it, and what the circuits have in common."""
+
+    def value(key: str) -> float:
+        return results.value(f"heads.{key}")
+
+    def say(key: str) -> str:
+        return number(value(key))
+
+    pairs, percentile = value("same_layer_pairs"), value("null_percentile")
+    return (
+        f"{say('redundant_pairs')} of {number(pairs)} pairs of heads of one layer, formed by {say('redundant_heads')} "
+        f"of {say('heads')} heads, have patterns with a cosine above {value('threshold')}, "
+        f"{say('redundant_pairs_nosink')} without the first key; the mean is {say('mean_similarity')}, the highest "
+        f"{say('max_similarity')}. Causal masks alone make patterns alike: an untrained model of this shape has "
+        f"{say('untrained_redundant_pairs')} such pairs and a mean of {say('untrained_mean_similarity')}. Where the "
+        "trained model reads the same tokens shuffled within their windows, there are "
+        f"{say('shuffled_redundant_pairs')} and a mean of {say('shuffled_mean_similarity')}; the cosines of the pairs "
+        f"have a rank correlation of {value('shuffled_rank_correlation'):+.2f} with those on text. Thresholds under "
+        f"which {percentile:g} % of a null model's pairs lie are {say('untrained_threshold')} (untrained) and "
+        f"{say('shuffled_threshold')} (shuffled): {say('pairs_above_untrained_threshold')} and "
+        f"{say('pairs_above_shuffled_threshold')} pairs lie above them, and {pairs * (1 - percentile / 100):.1f} would "
+        f"if the trained model on text were like its null. {_weigh_claim(results)}\n\n"
+        f"The circuits of two heads of a layer have a mean cosine of {say('mean_qk_similarity')} and a highest of "
+        f"{say('max_qk_similarity')} for W_QK, which scores queries against keys (untrained at most "
+        f"{say('untrained_max_qk_similarity')}), {say('mean_ov_similarity')} and {say('max_ov_similarity')} for W_OV, "
+        f"which moves values ({say('untrained_max_ov_similarity')}). Pairs with alike patterns and pairs with alike "
+        f"W_QK have a rank correlation of {value('qk_rank_correlation'):+.2f}, pairs that write alike and pairs with "
+        f"alike W_OV {value('ov_rank_correlation'):+.2f}."
+    )
+
+
+def _weigh_claim(results: Results) -> str:
+    """The sentence that speaks for or against similar heads as a product of learning."""
+    text, untrained, shuffled = (
+        results.value(f"heads.{model}redundant_pairs") for model in ("", "untrained_", "shuffled_")
+    )
+    if not text:
+        return "**Against the reference's claim**: no pair is that alike."
+    if text <= untrained:
+        return (
+            "**Against the reference's claim**: such pairs exist, but training left no more of them than a model has "
+            "that learned nothing."
+        )
+    if text <= shuffled:
+        return (
+            "**For the reference's claim with a reserve**: training made such pairs, but they are as many where there "
+            "is no text to read, so positions and single tokens make them alike."
+        )
+    return "**For the reference's claim**: there are more such pairs than in either null model."
 
 
 def describe_pruning(results: Results, figures: Mapping[str, str]) -> str:

@@ -268,13 +268,14 @@ class Workload:
     def _head_similarity(self) -> Need:
         config, model = self.plan.heads, self.plan.model
         C, T, n_heads = model.n_embd, model.block_size, model.n_layer * model.n_head
-        # Products of all pairs of heads, for each token over half of T keys, D channels of a head and C of the stream.
-        pairs = n_heads**2 * (T + 2 * model.head_dim + 2 * C)
-        flops = 2 * (forward_flops(model, config.n_tokens, 0) + pairs * config.n_tokens)
-        # What compare_heads captures of one batch, beside two models.
-        captured = 28 * model.n_layer * min(config.batch_size * T, config.n_tokens) * C
-        written = n_heads**2 * (5 * 8 + HEADS_ROW)
-        return self._model_need(written, 2 * self._model_bytes + captured, flops)
+        # Products of all pairs of heads, for each token over half of T keys in each of three passes (the model, on
+        # shuffled tokens, and an untrained one), and once over D channels of a head and C of the stream.
+        patterns, outputs = n_heads**2 * T, 2 * n_heads**2 * (model.head_dim + C)
+        flops = 3 * (forward_flops(model, config.n_tokens, 0) + patterns * config.n_tokens) + outputs * config.n_tokens
+        # What compare_heads holds of one batch, or compare_circuits of the weights, beside two models.
+        batch = model.n_layer * C * (16 * min(config.batch_size * T, config.n_tokens) + 24 * T)
+        written = n_heads**2 * (8 * 8 + HEADS_ROW)
+        return self._model_need(written, 2 * self._model_bytes + max(batch, 64 * model.n_layer * C**2), flops)
 
     def _prune(self) -> Need:
         config, model = self.plan.prune, self.plan.model

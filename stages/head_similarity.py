@@ -7,8 +7,8 @@ from gpt2.dist import setup_device
 from gpt2.evaluate import require_fit
 from gpt2.files import write_csv, write_json
 from gpt2.hardware import HardwareConfig
-from gpt2.heads import HeadsConfig, compare_heads, save_similarities
-from gpt2.model import GPT
+from gpt2.heads import HeadsConfig, save_similarities
+from gpt2.nulls import compare_with_nulls
 from gpt2.shards import TokenSet
 from gpt2.stage import Stage
 from gpt2.weights import load_model
@@ -24,22 +24,20 @@ METRICS = Path("metrics/heads.json")
 def main() -> None:
     with Stage("head-similarity") as stage:
         config = stage.load("heads", HeadsConfig)
-        device = setup_device(stage.load("hardware", HardwareConfig))
-        model, tokens = load_model(MODEL, device), TokenSet(TOKENS, "val")
+        model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
+        tokens = TokenSet(TOKENS, "val")
         require_fit(model, tokens)
         idx = spread_windows(tokens, model.config.block_size, config.n_tokens)[:, :-1]
-        trained = compare_heads(model, idx, config.batch_size)
-        untrained = compare_heads(GPT(model.config, config.seed).to(device), idx, config.batch_size)
-        save_similarities(SIMILARITIES, model.config, trained, untrained["pattern"])
+        matrices = compare_with_nulls(model, idx, config)
+        save_similarities(SIMILARITIES, model.config, matrices)
 
-        pairs = redundancy.list_pairs(model.config, trained)
-        null = redundancy.list_pairs(model.config, untrained)
-        layers = redundancy.summarise_layers(pairs, null, config.threshold)
-        write_csv(PLOTS / "matrix.csv", *redundancy.tabulate_matrix(model.config, trained["pattern"]))
+        pairs = redundancy.list_pairs(model.config, matrices)
+        rules = (config.threshold, config.null_percentile)
+        layers = redundancy.summarise_layers(pairs, *rules)
+        write_csv(PLOTS / "matrix.csv", *redundancy.tabulate_matrix(model.config, matrices["pattern"]))
         write_csv(PLOTS / "layers.csv", redundancy.LayerSummary._fields, layers)
         write_csv(PLOTS / "pairs.csv", redundancy.Pair._fields, redundancy.tabulate_pairs(pairs))
-        figures = redundancy.summarise(model.config, pairs, null, config.threshold)
-        write_json(METRICS, {**figures, "tokens": idx.numel()})
+        write_json(METRICS, {**redundancy.summarise(model.config, pairs, *rules), "tokens": idx.numel()})
 
 
 if __name__ == "__main__":

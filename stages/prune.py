@@ -8,7 +8,7 @@ from gpt2.evaluate import require_fit
 from gpt2.files import write_csv, write_json
 from gpt2.frontier import choose_removed, compare_speed, measure_frontier, summarise, tabulate
 from gpt2.hardware import HardwareConfig
-from gpt2.heads import load_similarity
+from gpt2.heads import load_similarities
 from gpt2.prunability import HeadCost, correlate, cost_each_head
 from gpt2.prune import PruneConfig, count_removals
 from gpt2.repair import calibrate, remove_and_repair
@@ -43,7 +43,7 @@ def main() -> None:
             )
         )
 
-        similarity = load_similarity(SIMILARITIES, model.config)
+        similarity = load_similarities(SIMILARITIES, model.config)["pattern"]
         taylor = score_taylor(model, scoring, config.batch_size)
         costs = cost_each_head(model, similarity, taylor, evaluation, config.batch_size)
         write_csv(HEADS, HeadCost._fields, costs)

@@ -14,7 +14,7 @@ from tests.settings import HARDWARE
 VOCAB_SIZE, BLOCK_SIZE = 97, 24
 SECTIONS = {
     "hardware": HARDWARE,
-    "heads": {"n_tokens": 200, "batch_size": 3, "threshold": 0.85, "seed": 7},
+    "heads": {"n_tokens": 200, "batch_size": 3, "threshold": 0.85, "null_percentile": 95, "seed": 7},
     "prune": {
         "shares": [0.1, 0.5],
         "random_seeds": [0, 1],

@@ -7,7 +7,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
+from gpt2 import redundancy
 from gpt2.files import write_csv, write_json
+from gpt2.model import GPTConfig
 from gpt2.prunability import PREDICTORS, HeadCost
 from gpt2.report import TIMED_STAGES
 from gpt2.results import Results
@@ -136,30 +138,23 @@ def _invent_tokenizer_study(root: Path) -> None:
 
 def _invent_heads(root: Path, n_layer: int, n_head: int) -> None:
     rng = np.random.default_rng(2)
-    names = [f"l{layer}h{head}" for layer in range(n_layer) for head in range(n_head)]
-    vectors = rng.normal(0, 1, (len(names), 6)) + 1.2
-    vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
-    matrix = np.abs(vectors @ vectors.T)
-    write_csv(
-        root / "plots/head_similarity/matrix.csv",
-        ["head", *names],
-        [[n, *r] for n, r in zip(names, matrix.tolist(), strict=True)],
-    )
-    columns = ("layer", "max_similarity", "mean_similarity", "mean_nosink", "untrained_mean", "redundant_pairs")
-    rows = [(layer, 0.95 - 0.02 * layer, 0.6, 0.3, 0.45, 2) for layer in range(n_layer)]
-    write_csv(root / "plots/head_similarity/layers.csv", columns, rows)
-    columns = ("layer", "head_a", "head_b", "similarity", "nosink", "output", "written")
-    write_csv(
-        root / "plots/head_similarity/pairs.csv",
-        columns,
-        [(1, 0, 3, 0.97, 0.9, 0.5, 0.1), (2, 1, 2, 0.9, 0.9, 0.5, 0.1)],
-    )
-    metrics = {
-        "heads": n_layer * n_head, "threshold": 0.85, "redundant_pairs": 8, "redundant_heads": 11,
-        "max_similarity": 0.95, "mean_similarity": 0.6, "untrained_mean_similarity": 0.45,
-        "untrained_redundant_pairs": 2, "redundant_pairs_middle_percent": 75.0, "middle_layers_percent": 50.0,
+    config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_head, block_size=1, vocab_size=1, norm="preln")
+    matrices = {}
+    for shift, name in enumerate(redundancy.COSINES.values()):
+        vectors = rng.normal(0, 1, (n_layer * n_head, 6)) + 1.2 + 0.05 * shift
+        vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
+        matrices[name] = np.abs(vectors @ vectors.T)
+    pairs = redundancy.list_pairs(config, matrices)
+    layers = redundancy.summarise_layers(pairs, 0.85, 95.0)
+    folder = root / "plots/head_similarity"
+    write_csv(folder / "matrix.csv", *redundancy.tabulate_matrix(config, matrices["pattern"]))
+    write_csv(folder / "layers.csv", redundancy.LayerSummary._fields, layers)
+    write_csv(folder / "pairs.csv", redundancy.Pair._fields, redundancy.tabulate_pairs(pairs))
+    claimed = {
+        "redundant_pairs": 8, "redundant_heads": 11, "untrained_redundant_pairs": 2, "shuffled_redundant_pairs": 5,
+        "redundant_pairs_middle_percent": 75.0,
     }  # fmt: skip
-    write_json(root / "metrics/heads.json", metrics)
+    write_json(root / "metrics/heads.json", {**redundancy.summarise(config, pairs, 0.85, 95.0), **claimed})
 
 
 def _invent_pruning(root: Path, n_heads: int) -> None:

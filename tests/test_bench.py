@@ -1,5 +1,6 @@
 """The benchmark refuses what it cannot measure, and its table divides by the named baseline."""
 
+import json
 from types import SimpleNamespace
 
 import numpy as np
@@ -9,19 +10,21 @@ import pytest
 import torch
 
 import bench.__main__ as bench
-from bench import generate, gpu_table, hellaswag, optimizers, tokenize
+from bench import generate, gpu_table, heads, hellaswag, optimizers, tokenize
 from gpt2.files import read_json
+from gpt2.heads import compare_heads
 from gpt2.items import tokenize_items
 from gpt2.params import load, read
 from gpt2.scoring import evaluate_benchmark
 from gpt2.shape import ModelShape
 from gpt2.shards import TokenSet
 from gpt2.tokenizer import load_encoding
-from tests.analysed import VOCAB_SIZE, make_model
+from tests.analysed import SECTIONS, VOCAB_SIZE, make_model, make_windows
 from tests.closure import ROOT
 from tests.test_harness import random_model
 from tests.test_items import ITEMS
 
+SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24}
 OURS = "this project, 1 process"
 TRANSFORMERS = "transformers GPT2LMHeadModel, eager"
 
@@ -194,6 +197,46 @@ def test_tokenizing_names_missing_files():
 def test_the_page_on_generation_says_what_its_measurement_says(device):
     page = ROOT / generate.RESULTS / f"generate_{device}.md"
     assert page.read_text(encoding="utf-8") == generate.tabulate(read_json(page.with_suffix(".json")))
+
+
+def test_transformers_whole_maps_give_the_patterns_that_are_streamed():
+    model, idx = make_model(), make_windows(3)[:, :-1]
+    streamed = compare_heads(model, idx, 2, outputs=False)["pattern"]
+    assert abs(heads.build_baseline(model)(idx) - streamed).max() < 1e-5
+
+
+def test_the_limit_of_the_head_study_counts_products_by_hand():
+    config = make_model(n_layer=1, n_head=2).config
+    # 32 channels, 24 tokens: a query has 12.5 keys on average; two heads of 16 channels form three pairs.
+    model = 2 * 12 * 32**2 + 2 * 2 * 32 * 12.5
+    scores, pairs = 2 * 2 * 16 * 12.5, 2 * 3 * 12.5
+    outputs = 2 * 2 * 16 * 32 + 2 * 3 * (16 + 32)
+    plain, whole = (heads.count_pass(config, 10, written) for written in (False, True))
+    assert plain[:2] == (10 * model, 10 * (scores + pairs))
+    assert whole[:2] == (10 * model, 10 * (scores + pairs + outputs))
+    assert plain.moved == 10 * 4 * 8 * 2 * 12.5 and whole.moved - plain.moved == 10 * 2 * 8 * 2 * 32
+    # 4 products of 2 × 16 rows by 2 × 16 rows over 32 channels, of which 3 of 4 blocks are pairs.
+    assert heads.count_circuits(config).fp64 == 4 * 2 * 32 * 32 * 32 * 3 / 4
+    limits = heads.Limits(fp32=2.0, fp64=4.0, bandwidth=0.0)
+    assert heads.Work(10, 20, 0).seconds(limits) == 10
+    table = heads.tabulate({"study": 40.0}, {"study": heads.Work(10, 20, 0)}, limits)
+    assert read_cells(table, "study")[1:] == ["40.00", "10.00", "25 %"]
+
+
+def test_the_head_study_names_missing_tokens():
+    with pytest.raises(SystemExit, match=r"absent/val\.json does not exist"):
+        heads.main(["absent"])
+
+
+def test_the_head_study_is_measured_at_any_size(tmp_path, monkeypatch):
+    values = {"scale": "tiny", "tiny": {**SECTIONS, "model": SHAPE}}
+    (tmp_path / "params.yaml").write_text(json.dumps(values))
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setitem(heads.PEAK_EDGE, "cpu", 32)
+    heads.main(["--scale", "tiny", "--rounds", "1", "--baseline_tokens", "48"])
+    page = (tmp_path / heads.RESULTS / "heads_cpu.md").read_text(encoding="utf-8")
+    assert "8 heads, 192 random tokens in windows of 24" in page
+    assert "| the whole study |" in page and read_cells(page, heads.BASELINE)[1:4:2] == ["48", "1.00"]
 
 
 def test_pages_say_what_their_measurements_say(tmp_path, monkeypatch):

@@ -41,6 +41,8 @@ def test_every_claim_passes_where_every_figure_holds(tmp_path):
         ("over 0.85", "heads.redundant_pairs", 1, 0),
         ("similarity is learned", "heads.redundant_pairs", 3, 2),
         ("similarity is learned", "heads.untrained_redundant_pairs", 7, 8),
+        ("reading text", "heads.redundant_pairs", 6, 5),
+        ("reading text", "heads.shuffled_redundant_pairs", 7, 8),
         ("middle layers", "heads.redundant_pairs_middle_percent", 50.1, 50.0),
         ("middle layers", "heads.middle_layers_percent", 60.0, 75.0),
         ("chosen by redundancy", "prune.perplexity_rise_percent_at_15", 4.99, 5.0),

@@ -53,7 +53,7 @@ SETTINGS = {
     "hellaswag": {"batch_tokens": 4096},
     "generate": {"prompts": ["Return the ", "A "], "max_tokens": 4, "num_seq": 2, "temperature": 0.8, "top_k": 50,
                  "top_p": 1.0, "seed": 1},
-    "heads": {"n_tokens": 320, "batch_size": 4, "threshold": 0.85, "seed": 1},
+    "heads": {"n_tokens": 320, "batch_size": 4, "threshold": 0.85, "null_percentile": 95, "seed": 1},
     "prune": {"shares": [0.25, 0.5], "random_seeds": [1, 2], "calibration_tokens": 320, "scoring_tokens": 320,
               "eval_tokens": 320, "batch_size": 4, "ridge": 1e-3, "limit_percent": 5.0},
 }  # fmt: skip

@@ -1,9 +1,20 @@
 """Figures of small, full and broken-off runs."""
 
+import numpy as np
 import pytest
 from matplotlib.image import imread
 
-from gpt2.figures import FIGURES, MAX_STEPS, draw_layers, draw_loss, draw_norm_study, write_figures
+from gpt2.figures import (
+    FIGURES,
+    MAX_STEPS,
+    draw_head_layers,
+    draw_head_nulls,
+    draw_heads,
+    draw_layers,
+    draw_loss,
+    draw_norm_study,
+    write_figures,
+)
 from tests.invented_run import break_off, invent_run, load_weights
 
 
@@ -74,6 +85,37 @@ def test_layers_are_drawn_at_the_first_the_last_and_some_steps_between(tmp_path)
         labels = [line.get_label() for line in axes.lines]
         assert len(labels) == MAX_STEPS and (labels[0], labels[-1]) == ("step 0", "step 250")
         assert [text.get_text() for text in axes.get_xticklabels()] == ["emb.", "0", "1", "2", "3"]
+
+
+@pytest.mark.parametrize(("n_layer", "n_head"), [(2, 2), (4, 8), (5, 3), (12, 12)])
+def test_all_heads_are_in_one_picture_and_in_one_of_each_layer(tmp_path, n_layer, n_head):
+    results = invent_run(tmp_path, n_layer=n_layer, n_head=n_head)
+    whole, _ = draw_heads(results).axes
+    matrix = whole.images[0].get_array()
+    assert matrix.shape == (n_layer * n_head, n_layer * n_head)
+    boundaries = [line.get_ydata()[0] for line in whole.lines[::2]]
+    assert boundaries == [n_head * layer - 0.5 for layer in range(1, n_layer)]
+    panels = [axes for axes in draw_head_layers(results).axes if axes.images and axes.get_title()]
+    assert [axes.get_title() for axes in panels] == [f"layer {layer}" for layer in range(n_layer)]
+    pairs = results.table("head_similarity/pairs.csv", [])
+    for layer, axes in enumerate(panels):
+        drawn, here = axes.images[0].get_array(), slice(n_head * layer, n_head * (layer + 1))
+        above, below = np.triu_indices(n_head, 1), np.tril_indices(n_head, -1)
+        np.testing.assert_allclose(drawn[above], matrix[here, here][above])
+        shuffled = pairs[pairs["layer"] == layer].set_index(["head_b", "head_a"])["shuffled"].sort_index()
+        np.testing.assert_allclose(drawn[below], shuffled)
+        marked = sum(len(line.get_xdata()) for line in axes.lines)
+        assert marked == (drawn.filled(0) > 0.85).sum()
+
+
+def test_heads_are_drawn_beside_their_nulls_with_all_thresholds(tmp_path):
+    results = invent_run(tmp_path)
+    for axes, end in zip(draw_head_nulls(results).axes, ("", "_nosink"), strict=True):
+        levels = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0, 1]]
+        thresholds = [results.value(f"heads.{null}_threshold{end}") for null in ("shuffled", "untrained")]
+        assert levels == [*thresholds, 0.85]
+        # 28 pairs of 8 heads in each of 4 layers.
+        assert [len(line.get_xdata()) for line in axes.lines].count(4 * 28) == 3
 
 
 def test_the_loss_is_drawn_with_the_unigram_entropy(tmp_path):

@@ -38,7 +38,8 @@ LAYERS = {
     "core": "model cache layers weights pretrained checkpoint optim data windows tokenizer items corpus docstrings "
     "sources",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
-    "train_results norm_study generate card export heads redundancy criteria prune prunability repair frontier",
+    "train_results norm_study generate card export heads redundancy criteria prune prunability repair frontier "
+    "circuits nulls",
     "whole": "schema volume workload forecast storage preflight check",
     "report": "hellaswag results measures claims studies figures report plots_page status",
 }

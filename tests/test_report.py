@@ -15,7 +15,7 @@ from gpt2.files import UserError, write_csv, write_json
 from gpt2.markup import literal, number, table, to_html
 from gpt2.report import write_report
 from gpt2.results import stage_of
-from gpt2.studies import describe_norms, describe_training
+from gpt2.studies import describe_heads, describe_norms, describe_training
 from stages import report
 from tests.invented_run import LAYER_COLUMNS, break_off, invent_run, load_weights, set_metric, set_norm_study
 
@@ -150,6 +150,35 @@ def test_the_layers_are_told_as_last_logged(tmp_path):
     assert "goes from 0.5000 after the first block to 2.000 after the last" in text
     load_weights(tmp_path)
     assert "At step" not in describe_training(results, LINKS)
+
+
+@pytest.mark.parametrize(
+    ("text", "untrained", "shuffled", "verdict"),
+    [
+        (0, 0, 0, "Against the reference's claim**: no pair"),
+        (3, 3, 0, "Against the reference's claim**: such pairs exist, but"),
+        (3, 2, 3, "For the reference's claim with a reserve**"),
+        (3, 2, 2, "For the reference's claim**: there are more"),
+    ],
+)
+def test_similar_heads_are_weighed_against_both_nulls(tmp_path, text, untrained, shuffled, verdict):
+    results = invent_run(tmp_path)
+    for key, value in {"": text, "untrained_": untrained, "shuffled_": shuffled}.items():
+        set_metric(tmp_path, f"heads.{key}redundant_pairs", value)
+    assert f"**{verdict}" in describe_heads(results, LINKS)
+
+
+def test_heads_are_told_with_clusters_circuits_and_what_the_nulls_would_have(tmp_path):
+    results = invent_run(tmp_path)
+    set_metric(tmp_path, "heads.pairs_above_shuffled_threshold", 9)
+    layers = results.table("head_similarity/layers.csv", [])
+    layers["clusters"] = ["0+1 3+4+5", None, None, None]
+    layers.to_csv(tmp_path / "plots/head_similarity/layers.csv", index=False)
+    text = describe_heads(results, LINKS)
+    assert "| 0+1 3+4+5 |" in text and text.count("| – |") == 3
+    # 5 % of 4 times 28 pairs.
+    assert "9 pairs lie above them, and 5.6 would" in text and "for W_QK" in text
+    assert all(f"{name}.png" in text for name in ("heads", "head_layers", "head_nulls"))
 
 
 def test_loaded_weights_are_told_from_trained_ones(tmp_path):
