@@ -41,7 +41,10 @@ LENGTH = {
 }
 SHORT = {**LENGTH, "max_steps": 40, "tokens_per_step": 131072, "eval_items": 100}
 # As many tokens as `full` validates on.
-EVALUATED = {**LENGTH, "max_steps": 12, "eval_interval": 12, "checkpoint_interval": 12, "eval_tokens": 10485760}
+EVALUATED = {
+    **LENGTH,
+    **{"max_steps": 12, "warmup_steps": 6, "eval_interval": 12, "checkpoint_interval": 12, "eval_tokens": 10485760},
+}
 NANOGPT_STEPS = 20
 
 
