@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
-from itertools import islice
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -188,9 +188,8 @@ def _kept(batches: Iterable[Batch], config: PrepareConfig, dropped: Counter[str]
     chance in 1 of 370,000 corpora.
     """
     seen = SeenKeys()
-    room_documents, room_bytes = (
-        math.inf if room is None else room for room in (config.max_documents, config.max_bytes)
-    )
+    limits = (config.max_documents, config.max_bytes)
+    room_documents, room_bytes = (math.inf if limit is None else limit for limit in limits)
     for rows, *_ in batches:
         reasons = _faults(rows, config)
         good = reasons == ""
@@ -235,7 +234,7 @@ def _digests(texts: pa.StringArray) -> np.ndarray:
         return np.zeros((0, 2), np.uint64)
     ends = np.frombuffer(offsets, np.int32)[texts.offset : texts.offset + len(texts) + 1].tolist()
     view = memoryview(data)
-    parts = [hashlib.sha256(view[start:end]).digest()[:16] for start, end in zip(ends, ends[1:], strict=False)]
+    parts = [hashlib.sha256(view[start:end]).digest()[:16] for start, end in pairwise(ends)]
     return np.frombuffer(b"".join(parts), ">u8").astype(np.uint64).reshape(-1, 2)
 
 

@@ -23,7 +23,7 @@ READ_ERRORS = (pa.ArrowException, ValueError, OSError, EOFError, zlib.error)
 
 
 class Batch(NamedTuple):
-    """Some documents in order: columns text and id, without nulls, and those asked for; their file, bytes read of it."""
+    """Documents in order: columns text and id, without nulls, and those asked for; their file, bytes read of it."""
 
     rows: pa.RecordBatch
     file: str = ""

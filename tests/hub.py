@@ -74,9 +74,9 @@ class Hub:
 
 
 def _hash(name: str, content: bytes) -> str:
-    return (
-        sha256(content).hexdigest() if name.endswith(LARGE) else sha1(b"blob %d\0" % len(content) + content).hexdigest()
-    )
+    if name.endswith(LARGE):
+        return sha256(content).hexdigest()
+    return sha1(b"blob %d\0" % len(content) + content).hexdigest()
 
 
 class _Handler(BaseHTTPRequestHandler):
@@ -120,11 +120,9 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _entry(self, file: Path, folder: Path) -> dict:
         content, name = file.read_bytes(), file.relative_to(folder).as_posix()
-        entry = {"type": "file", "path": name, "size": len(content), "oid": sha1(content).hexdigest()}
+        entry = {"type": "file", "path": name, "size": len(content), "oid": _hash(name, content)[:40]}
         if name.endswith(LARGE):
             entry["lfs"] = {"oid": _hash(name, content), "size": len(content), "pointerSize": 134}
-        else:
-            entry["oid"] = _hash(name, content)
         return entry
 
     def _resolve(self, path: str) -> None:

@@ -1,4 +1,4 @@
-"""Files of the hub arrive whole and checked, whatever its server does; the client is the real one, the server is ours."""
+"""Files of the hub arrive whole and checked, whatever its server does: the real client against a server of ours."""
 
 import json
 import os
@@ -107,10 +107,10 @@ def test_one_pattern_may_name_one_file(folder, tmp_path, hub):
 SLOW_DOWN = {"status": 429, "headers": {"Retry-After": "0"}}
 
 
-@pytest.mark.parametrize(
-    "request_",
-    ["GET api/datasets/*/revision/*", "GET api/datasets/*/tree/*", "HEAD datasets/*", "GET datasets/*", "GET cdn/*"],
-)
+REQUESTS = ["GET api/*/revision/*", "GET api/*/tree/*", "HEAD datasets/*", "GET datasets/*", "GET cdn/*"]
+
+
+@pytest.mark.parametrize("request_", REQUESTS)
 @pytest.mark.parametrize("fault", [SLOW_DOWN, {"status": 503}], ids=["429", "503"])
 def test_a_hub_that_is_busy_is_asked_again(folder, tmp_path, hub, request_, fault):
     hub.faults = [Fault(request_, **fault)]

@@ -35,8 +35,8 @@ from tests.pipeline import (
 LAYERS = {
     "leaf": "files params stage hardware shape dist shards loss stability interrupt heartbeat rows markup machine "
     "units",
-    "core": "model cache layers weights pretrained checkpoint optim data windows tokenizer items corpus docstrings dedup hub "
-    "sources",
+    "core": "model cache layers weights pretrained checkpoint optim data windows tokenizer items corpus docstrings "
+    "dedup hub sources",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
     "train_results norm_study generate card export heads redundancy criteria prune prunability repair frontier",
     "whole": "schema volume workload forecast storage preflight check",
