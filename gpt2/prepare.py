@@ -171,7 +171,8 @@ def _refuse_change(config: PrepareConfig, commit: str, earlier: Mapping[str, obj
 
 def _in_batches(documents: Iterator[Document]) -> Iterator[Batch]:
     while some := list(islice(documents, ROW_GROUP_DOCUMENTS)):
-        yield Batch(batch_of(some))
+        rows = batch_of(some)
+        yield Batch(rows, n_bytes=rows["text"].nbytes)
 
 
 class Kept(NamedTuple):

@@ -220,6 +220,14 @@ def test_the_stage_writes_corpus_and_metrics(tmp_path):
     assert "seconds" in json.loads((tmp_path / "metrics/speed/prepare.json").read_text())
 
 
+def test_progress_is_logged_with_rate_files_and_time_left(tmp_path, monkeypatch, caplog):
+    monkeypatch.setattr("gpt2.prepare.LOG_SECONDS", -1)
+    caplog.set_level("INFO")
+    prepare(config(write_source(tmp_path / "source", TEXTS[:200], TEXTS[200:])), tmp_path / "corpus", workers=1)
+    line = r"0 MB of text, \d+\.\d MB/s, file {} of 2, .+ s left if all is read"
+    assert [bool(re.fullmatch(line.format(i), text)) for i, text in enumerate(caplog.messages, start=1)] == [True, True]
+
+
 # --- the hub
 
 HUB = {"source": "fineweb_edu", "dataset": "someone/edu", "files": "sample/*.parquet", "revision": "main", **LIMITS}
