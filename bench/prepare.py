@@ -14,6 +14,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import date
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 
@@ -100,14 +101,14 @@ def main(argv: Sequence[str]) -> None:
     config = PrepareConfig(**settings)
     try:
         with tempfile.TemporaryDirectory() as folder:
-            stage = lambda: prepare(config, Path(folder, "corpus"), workers=1)  # noqa: E731
+            stage = partial(prepare, config, Path(folder, "corpus"), workers=1)
             n_bytes = stage()["bytes"]
             memory = peak_memory_gib()
             batches = read_texts(arguments.folder)
             parts = (
-                lambda: read_parquet(arguments.folder),
-                lambda: hash_texts(batches),
-                lambda: write_batches(batches),
+                partial(read_parquet, arguments.folder),
+                partial(hash_texts, batches),
+                partial(write_batches, batches),
             )
             seconds = time_rounds({STAGE: stage, **dict(zip(PARTS, parts, strict=True))}, arguments.rounds)
     except UserError as error:

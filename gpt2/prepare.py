@@ -115,7 +115,7 @@ def prepare(
             filtered = "".join(f", {dropped[key]} fail prepare.{key}" for key in FILTERS if dropped[key])
             raise UserError(
                 f"no document is left: {dropped['empty']} are empty and {dropped['short']} are shorter than "
-                f"prepare.min_chars={config.min_chars}{filtered}; lower it or choose another source"
+                f"prepare.min_chars={config.min_chars}{filtered}; ask for less or choose another source"
             )
     figures = {"documents": n_kept, "bytes": sum(writer.bytes for writer in writers.values())}
     for split in SPLITS:
@@ -201,6 +201,7 @@ def _kept(batches: Iterable[Batch], config: PrepareConfig, dropped: Counter[str]
         kept, digests = np.flatnonzero(reasons == ""), digests[new, 0]
         sizes = pc.binary_length(rows["text"].take(pa.array(kept))).to_numpy().cumsum()
         fit = int(min(room_documents, np.searchsorted(sizes, room_bytes, side="right"), len(kept)))
+        # What lies behind the end of the slice is not counted.
         read = len(reasons) if fit == len(kept) else kept[fit]
         dropped.update(reasons[:read][reasons[:read] != ""].tolist())
         rows = rows.take(pa.array(kept[:fit]))
