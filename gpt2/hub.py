@@ -109,7 +109,8 @@ def open_dataset(dataset: str, revision: str, pattern: str) -> HubFiles:
     from huggingface_hub.utils import disable_progress_bars
 
     disable_progress_bars()
-    # It would warn that no file of the pattern [] was found.
+    # It would log every request, with the signatures in it, and warn that no file of the pattern [] was found.
+    logging.getLogger("httpx2").setLevel(logging.WARNING)
     logging.getLogger("huggingface_hub._snapshot_download").setLevel(logging.ERROR)
     place = f"{dataset} at revision {revision}"
     with _named(place):

@@ -263,6 +263,7 @@ def test_a_dataset_of_the_hub_gives_the_corpus_of_its_files_also_offline_and_as_
         online = {"HF_HUB_OFFLINE": "0", "HF_ENDPOINT": hub.address}
         run = run_stage(tmp_path, HUB, **online)
         assert run.returncode == 0, run.stderr
+        assert [line[9:] for line in run.stderr.splitlines()][:-1] == ["prepare: 400 documents, 0.0 MB"]
         expected = corpus_of(tmp_path)
         metrics = json.loads((tmp_path / "metrics/prepare.json").read_text())
         assert (metrics["dataset"], metrics["revision"], metrics["documents"]) == ("someone/edu", COMMIT, len(TEXTS))
