@@ -33,9 +33,10 @@ test: setup  ## the test suite
 verify: setup  ## rebuild in a temporary clone and compare with dvc.lock
 	python -m tests.verify
 
-bench: setup  ## the benchmarks; NANOGPT=nanoGPT checkout adds a baseline, HELLASWAG=file its items, TEXT=Parquet files
+bench: setup  ## the benchmarks; NANOGPT=folder of nanoGPT adds a baseline, HELLASWAG=file its items, TEXT=folder of Parquet
 	python -m bench $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	python -m bench.generate $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	python -m bench.hellaswag $(if $(HELLASWAG),--items $(HELLASWAG))
-	$(if $(TEXT),python -m bench.tokenize $(TEXT))
+	$(if $(TEXT),python -m bench.prepare $(TEXT))
+	$(if $(TEXT),python -m bench.tokenize $(wildcard $(TEXT)/*.parquet))
 	python -m bench.heads

@@ -3,19 +3,22 @@
 import json
 import re
 from collections.abc import Iterator, Sequence
-from itertools import islice
 from pathlib import Path
 from typing import Literal, NamedTuple
 
 import numpy as np
-from pydantic import NonNegativeInt, PositiveInt, model_validator
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
 
 from gpt2.corpus import read_split
 from gpt2.files import UserError, write_text
+from gpt2.hub import COMMIT, open_dataset
 from gpt2.items import ENDINGS, check_item, read_items
 from gpt2.params import Config
-from gpt2.sources import READ_ERRORS, open_hub
 
+# HellaSwag's validation split.
+WHOLE = 10_042
 # Below this the standard error of an accuracy exceeds four points.
 MIN_ITEMS = 100
 # Passages gathered for each item wanted, a limit on memory with a large corpus.
@@ -27,7 +30,7 @@ class BenchmarkConfig(Config):
     """Section `benchmark`: where items come from. Fields of other sources may be absent."""
 
     source: Literal["heldout", "file", "hub"]
-    # Most items to take; null takes all of a file or dataset.
+    # heldout: most items to make. file, hub: how many to take, in order; null takes all.
     items: PositiveInt | None = None
     # heldout: words of a context and of each ending.
     context_words: PositiveInt | None = None
@@ -35,9 +38,10 @@ class BenchmarkConfig(Config):
     seed: NonNegativeInt = 0
     # file: HellaSwag as JSONL or gzipped JSONL.
     path: Path | None = None
-    # hub: a dataset of the Hugging Face hub, and its commit.
+    # hub: a dataset of the Hugging Face hub, a pattern for the names of its Parquet files, and its commit.
     dataset: str = "Rowan/hellaswag"
-    revision: str | None = None
+    files: str = "data/validation-*.parquet"
+    revision: str = Field("218ec52e09a7e7462a5400043bb9a69a41d06b76", pattern=rf"^{COMMIT.pattern}$")
 
     @model_validator(mode="after")
     def _complete(self) -> "BenchmarkConfig":
@@ -59,8 +63,19 @@ def make_items(config: BenchmarkConfig, corpus: Path) -> list[dict]:
     if config.source == "heldout":
         return heldout_items(read_split(corpus, "test"), config)
     if config.source == "file":
-        return list(read_items(config.path))[: config.items]
-    return list(islice(_read_hub(config), config.items))
+        return _take(list(read_items(config.path)), config.items, str(config.path))
+    return _take(list(_read_hub(config)), config.items, config.dataset)
+
+
+def _take(items: list[dict], n: int | None, place: str) -> list[dict]:
+    """The first `n`, or all. Raises UserError if there are fewer, or if HellaSwag's number is asked of another set."""
+    if n is not None and (len(items) < n or (n == WHOLE and len(items) != WHOLE)):
+        whole = " of the whole validation split of HellaSwag" if n == WHOLE else ""
+        raise UserError(
+            f"{place} holds {len(items):,} items, not the {n:,}{whole} that benchmark.items asks for; get the whole, "
+            "or set items to null for what is there"
+        )
+    return items[:n]
 
 
 def write_items(path: Path, items: Sequence[dict]) -> None:
@@ -155,12 +170,13 @@ def _item(ind: int, context: str, endings: list[str], label: int) -> dict:
 
 def _read_hub(config: BenchmarkConfig) -> Iterator[dict]:
     remedy = "set benchmark.source to file and benchmark.path to a local copy, or to heldout"
-    rows = open_hub(config.dataset, None, config.revision, "validation", remedy)
-    try:
-        for number, row in enumerate(rows, start=1):
-            # The hub's copy holds the label as a string.
-            yield check_item({**row, "label": int(row.get("label", -1))}, f"{config.dataset}, row {number}")
-    except UserError:
-        raise
-    except READ_ERRORS as error:
-        raise UserError(f"{config.dataset}: reading stopped ({error}); {remedy}") from error
+    for name, path in open_dataset(config.dataset, config.revision, config.files).fetch():
+        try:
+            rows = pq.read_table(path).to_pylist()
+            for number, row in enumerate(rows, start=1):
+                # The hub's copy holds the label as a string.
+                yield check_item({**row, "label": int(row.get("label", -1))}, f"{config.dataset}, {name}, row {number}")
+        except UserError:
+            raise
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise UserError(f"{config.dataset}: {name} cannot be read ({error}); {remedy}") from error

@@ -113,7 +113,7 @@ def _tell_training(metrics: Mapping[str, Mapping], recorded: Mapping[str, Mappin
         )
     corpus = "a corpus that is not recorded beside the model"
     if prepare := recorded.get("prepare"):
-        named = {key: prepare.get(key) for key in ("packages", "path", "dataset", "subset", "revision")}
+        named = {key: prepare.get(key) for key in ("packages", "path", "dataset", "files", "revision")}
         given = ", ".join(f"{key} {_list(value)}" for key, value in named.items() if value)
         corpus = f"source `{prepare['source']}`" + (f" ({given})" if given else "") + " as in `dvc.lock`"
     diverged = f" The run diverged at step {number(train['diverged_at_step'])}." * (train["diverged_at_step"] >= 0)

@@ -1,12 +1,13 @@
 """The corpus on disk: `<folder>/{train,val,test}/00000.parquet`, … with the columns text and id."""
 
 import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import NamedTuple
 
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
 
 from gpt2.files import UserError
@@ -25,60 +26,94 @@ class Document(NamedTuple):
     id: str
 
 
+def batch_of(documents: Sequence[Document]) -> pa.RecordBatch:
+    """Documents as rows of SCHEMA."""
+    texts, ids = zip(*documents, strict=True)
+    return pa.record_batch([pa.array(texts, pa.string()), pa.array(ids, pa.string())], schema=SCHEMA)
+
+
 class SplitWriter:
     """Writes the documents of one split in files of FILE_DOCUMENTS and row groups of ROW_GROUP_DOCUMENTS."""
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.documents = self.bytes = 0
-        self._waiting: list[Document] = []
+        self._waiting: list[pa.RecordBatch] = []
+        self._n_waiting = 0
         self._file: pq.ParquetWriter | None = None
 
     def add(self, document: Document) -> None:
-        """Append a document; it reaches the disk with its row group."""
-        if self.documents % FILE_DOCUMENTS == 0:
-            self._open_next()
-        self.documents += 1
-        self.bytes += len(document.text.encode("utf-8"))
-        self._waiting.append(document)
-        if len(self._waiting) == ROW_GROUP_DOCUMENTS:
-            self._flush()
+        """Append a document."""
+        self.add_batch(batch_of([document]))
+
+    def add_batch(self, rows: pa.RecordBatch) -> None:
+        """Append documents given as rows of SCHEMA; they reach the disk with their row group."""
+        self.bytes += pc.sum(pc.binary_length(rows["text"])).as_py() or 0
+        while rows.num_rows:
+            if self.documents % FILE_DOCUMENTS == 0:
+                self._open_next()
+            room = min(ROW_GROUP_DOCUMENTS - self._n_waiting, FILE_DOCUMENTS - self.documents % FILE_DOCUMENTS)
+            part, rows = rows.slice(0, room), rows.slice(room)
+            self._waiting.append(part)
+            self._n_waiting += part.num_rows
+            self.documents += part.num_rows
+            if self._n_waiting == ROW_GROUP_DOCUMENTS:
+                self._flush()
 
     def close(self) -> None:
         """Write what waits and finish the last file."""
         if self._file is not None:
             self._flush()
-            self._file.close()
+            with self._written():
+                self._file.close()
             self._file = None
+
+    def abandon(self) -> None:
+        """Let go of a file that will be removed."""
+        if self._file is not None:
+            with suppress(OSError):
+                self._file.close()
 
     def _open_next(self) -> None:
         self.close()
-        self.folder.mkdir(parents=True, exist_ok=True)
-        path = self.folder / f"{self.documents // FILE_DOCUMENTS:05d}.parquet"
-        self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd")
+        with self._written():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            path = self.folder / f"{self.documents // FILE_DOCUMENTS:05d}.parquet"
+            # Texts are long and all different: a dictionary of them, or the least and greatest, would be of no use.
+            options = {"use_dictionary": False, "write_statistics": False}
+            self._file = pq.ParquetWriter(path, SCHEMA, compression="zstd", **options)
 
     def _flush(self) -> None:
         if self._waiting:
-            columns = [pa.array(values, pa.string()) for values in zip(*self._waiting, strict=True)]
-            self._file.write_table(pa.Table.from_arrays(columns, schema=SCHEMA))
-            self._waiting = []
+            with self._written():
+                self._file.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
+            self._waiting, self._n_waiting = [], 0
+
+    @contextmanager
+    def _written(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"{self.folder} cannot be written ({error}) after {self.bytes / 1e6:,.0f} MB of text; make room and "
+                "run dvc repro again (python -m gpt2.check tells how much is needed)"
+            ) from error
 
 
 @contextmanager
 def new_corpus(folder: Path) -> Iterator[dict[str, SplitWriter]]:
     """Yield a writer per split; when the block succeeds, the new corpus replaces whatever stood at `folder`.
 
-    If the block raises, or a split got no document (UserError), the old corpus stays as it was.
+    If the block raises, or a split got no document (UserError), the old corpus stays as it was. What a killed run left
+    is removed by the next.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     writers = {split: SplitWriter(temporary / split) for split in SPLITS}
     try:
-        try:
-            yield writers
-        finally:
-            for writer in writers.values():
-                writer.close()
+        yield writers
+        for writer in writers.values():
+            writer.close()
         if empty := [split for split, writer in writers.items() if not writer.documents]:
             counts = ", ".join(f"{split} {writer.documents}" for split, writer in writers.items())
             raise UserError(
@@ -88,6 +123,8 @@ def new_corpus(folder: Path) -> Iterator[dict[str, SplitWriter]]:
         shutil.rmtree(folder, ignore_errors=True)
         temporary.rename(folder)
     finally:
+        for writer in writers.values():
+            writer.abandon()
         shutil.rmtree(temporary, ignore_errors=True)
 
 

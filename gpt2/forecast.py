@@ -30,7 +30,7 @@ PRODUCT_SHARE = {"cpu": 0.44, "cuda": 0.50}
 # The other stages on a GPU are not compiled, and where they need fp32 they have TF32, at half the rate of bfloat16.
 STUDY_SHARE = {"cpu": 1.0, "cuda": 0.5}
 # Text that one process reads, hashes and writes as Parquet, in bytes per second.
-READ_RATE = 3e7
+READ_RATE = 1e8
 # Text that one process tokenizes, in bytes per second: bench/results/tokenize.md.
 ENCODE_RATE = 2e7
 # Synced writes of a checkpoint, in bytes per second.

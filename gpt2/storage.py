@@ -1,4 +1,4 @@
-"""Where the bytes of a run go: the workspace, DVC's cache with its links, and the checkpoints of a run in progress."""
+"""Where the bytes of a run go: workspace, DVC's cache with its links, downloads, checkpoints of a run in progress."""
 
 import os
 import tempfile
@@ -8,6 +8,8 @@ from pathlib import Path
 
 from dvc.config import Config, ConfigError
 from dvc.fs import generic, localfs
+from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 
 from gpt2.files import UserError
 from gpt2.workload import Workload
@@ -103,10 +105,19 @@ def disk_demands(workload: Workload, links: Links, root: Path) -> list[Demand]:
         in_workspace = 0.0 if device(links.cache) == device(root) else max(missing.values())
     scratch = root / SCRATCH
     return [
+        *_download_demands(workload),
         Demand("workspace", root, in_workspace),
         Demand("DVC cache", links.cache, total),
         Demand("checkpoints", scratch, max(0.0, workload.scratch_bytes - _size(scratch))),
     ]
+
+
+def _download_demands(workload: Workload) -> list[Demand]:
+    """What the hub's client will put into its cache, where the text comes from the hub."""
+    if not workload.download_bytes:
+        return []
+    folder = Path(HF_HUB_CACHE, repo_folder_name(repo_id=workload.plan.prepare.dataset, repo_type="dataset"))
+    return [Demand("hub cache", folder, max(0.0, workload.download_bytes - _size(folder)))]
 
 
 def _size(folder: Path) -> int:

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 from gpt2.docstrings import package_version
 from gpt2.files import UserError
 from gpt2.prepare import PrepareConfig
-from gpt2.sources import LOADERS
+from gpt2.sources import find_files
 
 # Sizes of text, measured on the documentation that the tiny scale reads, and on 150 MB of English books and web pages.
 DOCSTRING_SHARE = 0.18  # of the bytes of Python source
@@ -20,8 +20,10 @@ DOCS_BYTES_PER_TOKEN, PROSE_BYTES_PER_TOKEN = 3.0, 4.5
 DOCS_ZSTD, PROSE_ZSTD = 0.30, 0.46  # Parquet files of the corpus, to the bytes of their text
 GZIP = 3.0  # text to .jsonl.gz
 WORD_BYTES = 7
-# FineWeb-Edu names its samples by billions of tokens: sample-10BT. Taken where the name does not tell.
+# FineWeb-Edu names its samples by billions of tokens: sample/10BT. Taken where the name does not tell.
 HUB_BILLION_TOKENS = 10
+# Of its files, to the bytes of their text: the 14 of sample/10BT have 28.5 GB.
+HUB_DOWNLOAD = 0.63
 
 
 @dataclass(frozen=True)
@@ -41,11 +43,14 @@ class Volume:
 def estimate_volume(config: PrepareConfig) -> Volume:
     """The text that `prepare` will keep. Raises UserError if the source is not there."""
     volume = {"docs": _docs_volume, "files": _files_volume, "fineweb_edu": _hub_volume}[config.source](config)
-    if config.max_documents is None or config.max_documents >= volume.documents:
+    found = {"max_documents": volume.documents, "max_bytes": volume.n_bytes}
+    limits = {key: getattr(config, key) for key in found if getattr(config, key) is not None}
+    shares = {key: limit / found[key] for key, limit in limits.items() if limit < found[key]}
+    if not shares:
         return volume
-    kept = config.max_documents / volume.documents
-    basis = f"{volume.basis}, cut to max_documents"
-    return replace(volume, n_bytes=kept * volume.n_bytes, documents=config.max_documents, basis=basis)
+    key = min(shares, key=shares.get)
+    n_bytes, documents = shares[key] * volume.n_bytes, shares[key] * volume.documents
+    return replace(volume, n_bytes=n_bytes, documents=documents, basis=f"{volume.basis}, cut to {key}")
 
 
 def _docs_volume(config: PrepareConfig) -> Volume:
@@ -58,12 +63,7 @@ def _docs_volume(config: PrepareConfig) -> Volume:
 
 
 def _files_volume(config: PrepareConfig) -> Volume:
-    files = [file for file in sorted(config.path.rglob("*")) if file.name.endswith(tuple(LOADERS)) and file.is_file()]
-    if not files:
-        raise UserError(
-            f"prepare.path = {str(config.path)!r} holds no file named *{', *'.join(LOADERS)}; put text there or "
-            "name another folder"
-        )
+    files = [path for _, path in find_files(config.path).files]
     sizes = [_text_size(file, config.text_column) for file in files]
     basis = f"{len(files)} files in {config.path}"
     return Volume(sum(size for size, _ in sizes), sum(rows for _, rows in sizes), PROSE_BYTES_PER_TOKEN, basis)
@@ -87,10 +87,10 @@ def _text_size(file: Path, text_column: str) -> tuple[float, float]:
 
 
 def _hub_volume(config: PrepareConfig) -> Volume:
-    named = re.search(r"(\d+)BT$", config.subset or "")
+    named = re.search(r"(\d+)BT/", config.files)
     tokens = 1e9 * int(named[1] if named else HUB_BILLION_TOKENS)
     n_bytes = tokens * PROSE_BYTES_PER_TOKEN
-    known = config.subset if named else f"{HUB_BILLION_TOKENS} billion tokens assumed"
+    known = config.files if named else f"{HUB_BILLION_TOKENS} billion tokens assumed"
     basis = f"{known}, {PROSE_BYTES_PER_TOKEN} bytes a token assumed"
     return Volume(n_bytes, n_bytes / PROSE_DOCUMENT_BYTES, PROSE_BYTES_PER_TOKEN, basis)
 

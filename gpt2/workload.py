@@ -27,7 +27,7 @@ from gpt2.tokenize import PROCESS_BYTES, TokenizeConfig
 from gpt2.tokenizer_study import TokenizerStudyConfig
 from gpt2.train import TrainConfig
 from gpt2.train_results import training_flops_per_token
-from gpt2.volume import DOCS_ZSTD, PROSE_ZSTD, WORD_BYTES, Volume
+from gpt2.volume import DOCS_ZSTD, HUB_DOWNLOAD, PROSE_ZSTD, WORD_BYTES, Volume
 from gpt2.workers import AHEAD
 
 VOCAB_SIZE = 50257
@@ -38,8 +38,8 @@ HELLASWAG_ITEMS, HELLASWAG_ITEM_BYTES, HELLASWAG_ROW, HELLASWAG_ENDING = 10_042,
 
 # Resident bytes of a process with the libraries it imports: text, torch on a CPU, torch with a GPU.
 TEXT_PROCESS, TORCH_PROCESS, GPU_PROCESS = 0.2 * GIB, 0.4 * GIB, 3 * GIB
-# Reading Parquet through `datasets`, and the digest of each document seen.
-DATASETS_PROCESS, DIGEST_BYTES = 0.6 * GIB, 100
+# Reading and writing Parquet, and for each document seen its key in a table that may just double.
+PARQUET_PROCESS, KEY_BYTES = 0.35 * GIB, 32
 # Held for each byte of a token shard, one that fills and one that is written, and for each byte of text that
 # vocabularies are trained on.
 SHARD_COPIES, TEXT_COPIES = 2, 2.7
@@ -140,6 +140,11 @@ class Workload:
         return max(1, len(self.machine.gpus)) if nproc == "gpu" else nproc
 
     @property
+    def download_bytes(self) -> float:
+        """What `prepare` fetches from the hub, roughly: files come whole."""
+        return HUB_DOWNLOAD * self.volume.n_bytes if self.plan.prepare.source == "fineweb_edu" else 0.0
+
+    @property
     def checkpoint_bytes(self) -> float:
         """Weights and optimizer state."""
         return CHECKPOINT_COPIES * self._model_bytes
@@ -180,7 +185,7 @@ class Workload:
         if self.plan.prepare.source == "docs":
             workers = self._workers()
             return Need(DOCS_ZSTD * n_bytes, (1 + workers) * TEXT_PROCESS, text=n_bytes, parallel=workers)
-        return Need(PROSE_ZSTD * n_bytes, DATASETS_PROCESS + DIGEST_BYTES * documents, text=n_bytes)
+        return Need(PROSE_ZSTD * n_bytes, PARQUET_PROCESS + KEY_BYTES * documents, text=n_bytes)
 
     def _items(self) -> tuple[float, float, float]:
         """Benchmark items, tokens of each of their rows, and how many of these are of the ending."""
@@ -196,7 +201,7 @@ class Workload:
     def _benchmark(self) -> Need:
         config, items = self.plan.benchmark, self._items()[0]
         if config.source != "heldout":
-            return Need(items * HELLASWAG_ITEM_BYTES, DATASETS_PROCESS)
+            return Need(items * HELLASWAG_ITEM_BYTES, PARQUET_PROCESS)
         # The context stands in two fields; names of the fields and numbers take about 120 bytes.
         item_bytes = (2 * config.context_words + ENDINGS * config.ending_words) * WORD_BYTES + 120
         return Need(items * item_bytes, TEXT_PROCESS)

@@ -5,7 +5,7 @@ from pathlib import Path
 
 from gpt2.files import write_json
 from gpt2.hardware import HardwareConfig
-from gpt2.prepare import PrepareConfig, prepare
+from gpt2.prepare import PrepareConfig, prepare, read_earlier
 from gpt2.stage import Stage
 
 CORPUS = Path("data/corpus")
@@ -18,7 +18,7 @@ def main() -> None:
     with Stage("prepare") as stage:
         config = stage.load("prepare", PrepareConfig)
         workers = stage.load("hardware", HardwareConfig).workers
-        figures = prepare(config, CORPUS, workers)
+        figures = prepare(config, CORPUS, workers, read_earlier(METRICS))
         write_json(METRICS, figures)
         log.info("%d documents, %.1f MB", figures["documents"], figures["bytes"] / 1e6)
 

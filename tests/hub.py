@@ -1,53 +1,203 @@
-"""A server on loopback that speaks the hub's protocol for one public model repository with one commit."""
+"""A server on loopback that speaks the hub's protocol for one public repository, and misbehaves where it is told to."""
 
+import json
+import re
+import socket
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
-from hashlib import sha256
+from dataclasses import dataclass, field
+from fnmatch import fnmatchcase
+from hashlib import sha1, sha256
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
+from threading import Lock, Thread
+from time import sleep
+from urllib.parse import unquote, urlsplit
 
 REPOSITORY, COMMIT = "someone/gpt2-tiny", "0123456789abcdef0123456789abcdef01234567"
+# Files that the hub keeps with Git LFS: named by SHA-256, and served by another host.
+LARGE = (".parquet", ".safetensors")
+PAGE = 3
+
+
+@dataclass
+class Fault:
+    """What happens once, to the first request like `pattern` (method and path): a status, or a body that is wrong.
+
+    cut: bytes after which the connection ends; reset: likewise, without a goodbye; longer: how much more the header
+    promises; garbage: other bytes; slow: seconds for each piece of a KiB.
+    """
+
+    pattern: str
+    status: int | None = None
+    headers: dict[str, str] = field(default_factory=dict)
+    cut: int | None = None
+    reset: int | None = None
+    longer: int = 0
+    garbage: bool = False
+    slow: float = 0
+
+
+class Hub:
+    """A repository: folders by commit, the commit of main, what was asked for, and faults still to come.
+
+    The API names datasets api/datasets/…, their files datasets/…; models have no such prefix there.
+    """
+
+    def __init__(self, folder: Path, repository: str, kind: str):
+        self.repository, self.kind = repository, kind
+        self.commits, self.main = {COMMIT: folder}, COMMIT
+        self.asked: list[str] = []
+        # Of each request for the content of a file: the byte it began with, and its Authorization.
+        self.begins: list[int] = []
+        self.tokens: list[str | None] = []
+        self.faults: list[Fault] = []
+        self.address = ""
+        self._lock = Lock()
+
+    def count(self, pattern: str) -> int:
+        """How many requests were like `pattern`."""
+        return sum(fnmatchcase(request, pattern) for request in self.asked)
+
+    def next_fault(self, request: str) -> Fault:
+        with self._lock:
+            self.asked.append(request)
+            for fault in self.faults:
+                if fnmatchcase(request, fault.pattern):
+                    self.faults.remove(fault)
+                    return fault
+        return Fault("")
+
+    def folder_of(self, revision: str) -> Path | None:
+        return self.commits.get(self.main if revision == "main" else revision)
+
+
+def _hash(name: str, content: bytes) -> str:
+    if name.endswith(LARGE):
+        return sha256(content).hexdigest()
+    return sha1(b"blob %d\0" % len(content) + content).hexdigest()
+
+
+class _Handler(BaseHTTPRequestHandler):
+    hub: Hub
+
+    def do_HEAD(self) -> None:
+        self._respond()
+
+    def do_GET(self) -> None:
+        self._respond()
+
+    def _respond(self) -> None:
+        path = unquote(urlsplit(self.path).path).strip("/")
+        self.fault = self.hub.next_fault(f"{self.command} {path}")
+        prefix = "datasets/" if self.hub.kind == "dataset" else ""
+        if self.fault.status:
+            self._send(self.fault.status, b"", self.fault.headers)
+        elif path.startswith("cdn/"):
+            self._send_content((Path(*path.split("/")[1:])).as_posix())
+        elif path.startswith(f"api/{self.hub.kind}s/"):
+            self._answer_api(path.removeprefix(f"api/{self.hub.kind}s/"))
+        else:
+            self._resolve(path.removeprefix(prefix))
+
+    def _answer_api(self, path: str) -> None:
+        match = re.fullmatch(r"(.+?)/(revision|tree)/([^/]+)", path)
+        repository, what, revision = match.groups() if match else (path, "revision", "main")
+        folder = self.hub.folder_of(revision)
+        if repository != self.hub.repository:
+            return self._refuse("RepoNotFound")
+        if folder is None:
+            return self._refuse("RevisionNotFound")
+        if what == "revision":
+            commit = self.hub.main if revision == "main" else revision
+            return self._send_json({"id": repository, "sha": commit, "tags": [], "siblings": []})
+        files = sorted(path for path in folder.rglob("*") if path.is_file())
+        number = int(dict(part.split("=") for part in urlsplit(self.path).query.split("&")).get("cursor", 0))
+        link = f'<{self.hub.address}/api/{self.hub.kind}s/{path}?cursor={number + PAGE}>; rel="next"'
+        more = {"Link": link} if number + PAGE < len(files) else {}
+        return self._send_json([self._entry(file, folder) for file in files[number : number + PAGE]], more)
+
+    def _entry(self, file: Path, folder: Path) -> dict:
+        content, name = file.read_bytes(), file.relative_to(folder).as_posix()
+        entry = {"type": "file", "path": name, "size": len(content), "oid": _hash(name, content)[:40]}
+        if name.endswith(LARGE):
+            entry["lfs"] = {"oid": _hash(name, content), "size": len(content), "pointerSize": 134}
+        return entry
+
+    def _resolve(self, path: str) -> None:
+        repository, _, rest = path.partition("/resolve/")
+        revision, _, name = rest.partition("/")
+        folder = self.hub.folder_of(revision)
+        if repository != self.hub.repository:
+            return self._refuse("RepoNotFound")
+        if folder is None:
+            return self._refuse("RevisionNotFound")
+        commit = {"X-Repo-Commit": self.hub.main if revision == "main" else revision}
+        if not (folder / name).is_file():
+            return self._refuse("EntryNotFound", commit)
+        content = (folder / name).read_bytes()
+        if self.hub.kind == "dataset" and name.endswith(LARGE):
+            linked = {"X-Linked-Etag": f'"{_hash(name, content)}"', "X-Linked-Size": str(len(content))}
+            # Another host, to which no token may go.
+            port = urlsplit(self.hub.address).port
+            return self._send(302, b"", {**commit, **linked, "Location": f"http://localhost:{port}/cdn{folder / name}"})
+        return self._send_content(str(folder / name).lstrip("/"), commit | {"ETag": f'"{_hash(name, content)}"'})
+
+    def _send_content(self, path: str, headers: dict | None = None) -> None:
+        content = Path("/", path).read_bytes()
+        begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
+        if self.command == "GET":
+            self.hub.begins.append(begin)
+            self.hub.tokens.append(self.headers.get("Authorization"))
+        if begin and begin >= len(content):
+            return self._send(416, b"")
+        if self.fault.garbage:
+            content = bytes(byte ^ 1 for byte in content)
+        span = {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"} if "Range" in self.headers else {}
+        self._send(206 if span else 200, content[begin:], {**(headers or {}), **span})
+
+    def _refuse(self, code: str, headers: dict | None = None) -> None:
+        self._send(404, b"", {"X-Error-Code": code, **(headers or {})})
+
+    def _send_json(self, value: object, headers: dict | None = None) -> None:
+        self._send(200, json.dumps(value).encode(), {"Content-Type": "application/json", **(headers or {})})
+
+    def _send(self, status: int, content: bytes, headers: dict | None = None) -> None:
+        self.send_response(status)
+        for key, value in (headers or {}).items():
+            self.send_header(key, value)
+        self.send_header("Content-Length", str(len(content) + self.fault.longer))
+        self.end_headers()
+        if self.command == "HEAD":
+            return
+        end = next((at for at in (self.fault.cut, self.fault.reset) if at is not None), len(content))
+        if self.fault.slow:
+            for start in range(0, end, 1024):
+                self.wfile.write(content[start : start + 1024])
+                sleep(self.fault.slow)
+        else:
+            self.wfile.write(content[:end])
+        if self.fault.reset is not None:
+            self.wfile.flush()
+            sleep(0.2)
+            self.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+
+    def log_message(self, *_) -> None:
+        """Say nothing."""
+
+
+class _Server(ThreadingHTTPServer):
+    def handle_error(self, *_) -> None:
+        """A client that was killed is no fault of the server."""
 
 
 @contextmanager
-def serve(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    """Serve the files of `folder` as REPOSITORY; yield the address and the paths that were asked for."""
-    asked: list[str] = []
-
-    class Handler(BaseHTTPRequestHandler):
-        def do_HEAD(self) -> None:
-            self._answer()
-
-        def do_GET(self) -> None:
-            content = self._answer()
-            self.wfile.write(content)
-
-        def _answer(self) -> bytes:
-            asked.append(f"{self.command} {self.path}")
-            repository, _, rest = self.path.strip("/").partition("/resolve/")
-            revision, _, name = rest.partition("/")
-            fault = (
-                "RepoNotFound" if repository != REPOSITORY
-                else "RevisionNotFound" if revision not in ("main", COMMIT)
-                else "" if (folder / name).is_file()
-                else "EntryNotFound"
-            )  # fmt: skip
-            content = b"" if fault else (folder / name).read_bytes()
-            self.send_response(404 if fault else 200)
-            self.send_header("Content-Length", str(len(content)))
-            if fault:
-                self.send_header("X-Error-Code", fault)
-            if fault in ("", "EntryNotFound"):
-                self.send_header("X-Repo-Commit", COMMIT)
-            self.send_header("ETag", f'"{sha256(content).hexdigest()}"')
-            self.end_headers()
-            return content
-
-        def log_message(self, *_) -> None:
-            """Say nothing."""
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+def serve(folder: Path, repository: str = REPOSITORY, kind: str = "model") -> Iterator[Hub]:
+    """Serve the files of `folder` as the only commit of a repository."""
+    hub = Hub(folder, repository, kind)
+    with _Server(("127.0.0.1", 0), type("Handler", (_Handler,), {"hub": hub})) as server:
         Thread(target=server.serve_forever, daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_port}", asked
+        hub.address = f"http://127.0.0.1:{server.server_port}"
+        yield hub
         server.shutdown()

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import bench.__main__ as bench
-from bench import generate, gpu_table, heads, hellaswag, optimizers, tokenize
+from bench import generate, gpu_table, heads, hellaswag, optimizers, prepare, tokenize
 from gpt2.files import read_json
 from gpt2.heads import compare_heads
 from gpt2.items import tokenize_items
@@ -262,3 +262,23 @@ def test_pages_notice_a_measurement_that_changed(monkeypatch):
     assert same in gpu_table.describe(results)
     results["exact-killed"]["sha256"] = "0"
     assert same not in gpu_table.describe(results)
+
+
+def test_preparing_is_compared_with_its_parts_and_the_goal():
+    seconds = {"prepare": 2.0, "reading": 0.2, "SHA-256": 0.3, "writing": 0.5}
+    table = prepare.tabulate(seconds, n_bytes=200_000_000)
+    assert read_cells(table, "limit")[1:] == ["1.00", "200"]
+    assert read_cells(table, "prepare")[1:] == ["2.00", "100"]
+    assert "2.00 times the limit" in table and "Goal of 50 MB/s a core: reached" in table
+    assert "not reached" in prepare.tabulate(seconds, n_bytes=90_000_000)
+
+
+def test_preparing_is_measured_on_a_folder_of_parquet(tmp_path, monkeypatch, capsys):
+    (tmp_path / "source").mkdir()
+    texts = [f"Text {i} of many, {'and so on ' * 30}" for i in range(2000)]
+    pq.write_table(pa.table({"text": texts}), tmp_path / "source" / "a.parquet")
+    monkeypatch.chdir(tmp_path)
+    prepare.main(["source", "--rounds", "1"])
+    assert capsys.readouterr().out == (tmp_path / prepare.RESULT).read_text()
+    with pytest.raises(SystemExit, match=r"prepare\.path = 'absent' is not a folder"):
+        prepare.main(["absent"])

@@ -2,15 +2,22 @@
 
 import gzip
 import json
+import os
 import re
+import subprocess
+import sys
 from collections import Counter
+from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 from pydantic import ValidationError
 
 from gpt2.benchmark import (
     MIN_ITEMS,
+    WHOLE,
     BenchmarkConfig,
     heldout_items,
     is_prose,
@@ -20,6 +27,8 @@ from gpt2.benchmark import (
 from gpt2.corpus import Document, new_corpus
 from gpt2.files import UserError
 from gpt2.items import read_items
+from tests.closure import ROOT
+from tests.hub import COMMIT, serve
 
 CONTEXT, ENDING = 6, 4
 
@@ -174,6 +183,58 @@ def test_lines_past_the_number_asked_are_checked_too(tmp_path):
         make_items(BenchmarkConfig(source="file", path=path, items=7), tmp_path)
 
 
+def test_fewer_items_than_asked_for_are_refused(tmp_path):
+    path = write_lines(tmp_path / "items.jsonl", [json.dumps(ITEM)] * 9)
+    with pytest.raises(UserError, match=r"items\.jsonl holds 9 items, not the 10 that benchmark\.items asks for"):
+        make_items(BenchmarkConfig(source="file", path=path, items=10), tmp_path)
+
+
+@pytest.mark.parametrize("n", [WHOLE - 1, WHOLE + 1])
+def test_what_claims_to_be_the_whole_of_hellaswag_has_its_number_of_items(tmp_path, n):
+    message = rf"holds {n:,} items, not the 10,042 of the whole validation split of HellaSwag .*set items to null"
+    path = write_lines(tmp_path / "items.jsonl", [json.dumps(ITEM)] * n)
+    with pytest.raises(UserError, match=message):
+        make_items(BenchmarkConfig(source="file", path=path, items=WHOLE), tmp_path)
+    assert len(make_items(BenchmarkConfig(source="file", path=path), tmp_path)) == n
+
+
+# Writes the items of the hub, or tells the error.
+PROBE = """
+import json, sys
+from pathlib import Path
+from gpt2.benchmark import BenchmarkConfig, make_items
+from gpt2.files import UserError
+try:
+    print(json.dumps(make_items(BenchmarkConfig.model_validate_json(sys.argv[1]), Path())))
+except UserError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def read_hub(home: Path, address: str, **changes) -> list[dict] | str:
+    env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": address, "PYTHONPATH": str(ROOT)}
+    section = json.dumps({"source": "hub", "revision": COMMIT, **changes})
+    ended = subprocess.run([sys.executable, "-c", PROBE, section], env=env, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def test_the_hub_serves_hellaswag_with_labels_as_strings(tmp_path):
+    items = [{**ITEM, "ind": i, "label": i % 4} for i in range(20)]
+    rows = [{**item, "label": str(item["label"]), "source_id": "x", "split": "val"} for item in items]
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data/validation-00000-of-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "data/train-00000-of-00001.parquet")
+    with serve(tmp_path, BenchmarkConfig(source="hub").dataset, "dataset") as hub:
+        assert read_hub(tmp_path / "home", hub.address) == items
+        assert read_hub(tmp_path / "home", hub.address, items=7) == items[:7]
+        assert "Rowan/hellaswag holds 20 items, not the 10,042" in read_hub(tmp_path / "home", hub.address, items=WHOLE)
+        assert "holds no file data/dev-*" in read_hub(tmp_path / "home", hub.address, files="data/dev-*")
+        pq.write_table(pa.table({"ind": [1]}), tmp_path / "data/validation-00000-of-00001.parquet")
+        told = read_hub(tmp_path / "other", hub.address)
+    assert "Rowan/hellaswag, data/validation-00000-of-00001.parquet, row 1 lacks activity_label" in told
+
+
 def test_what_is_written_is_read_back(tmp_path):
     items = heldout_items(iter(DOCUMENTS), config())
     items[0]["ctx"] = "line\nend and \u2028 separator, ünïcode 漢字"
@@ -244,6 +305,7 @@ def test_absent_and_empty_files_are_refused(tmp_path):
         ({"source": "heldout"}, "needs items, context_words, ending_words"),
         ({"source": "file"}, "source=file needs path"),
         ({"source": "file", "path": "x", "items": 0}, "greater than 0"),
+        ({"source": "hub", "revision": "main"}, "should match pattern"),
     ],
 )
 def test_settings_that_cannot_work_are_refused(values, message):

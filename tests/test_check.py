@@ -121,7 +121,7 @@ def test_a_fault_in_another_scale_is_told_beside_the_forecast(repository, capsys
 def test_text_that_is_not_there_is_told_beside_a_forecast_of_the_rest(repository, capsys):
     status, told = run(capsys, "--scale", "short")
     assert status == 1
-    assert re.search(r"^FAIL +text .*'data/source' holds no file.*\n +1 GB of text assumed", told, re.MULTILINE)
+    assert re.search(r"^FAIL +text .*'data/source' is not a folder.*\n +1 GB of text assumed", told, re.MULTILINE)
     assert "in all" in told
 
 

@@ -187,7 +187,7 @@ def test_lines_count_by_their_size_and_packed_ones_by_a_multiple_of_it(folder):
     assert found.documents == pytest.approx(found.n_bytes / PROSE_DOCUMENT_BYTES)
 
 
-def test_a_limit_on_documents_cuts_the_text(folder):
+def test_a_limit_on_documents_or_bytes_cuts_the_text(folder):
     for name in ("b.jsonl", "inner/c.jsonl.gz"):
         (folder / name).unlink()
     whole, third, more = (
@@ -195,11 +195,14 @@ def test_a_limit_on_documents_cuts_the_text(folder):
     )
     assert (third.documents, third.n_bytes) == (1, pytest.approx(whole.n_bytes / 3))
     assert more == whole
+    half = int(whole.n_bytes) // 2
+    for limits, kept in (({"max_bytes": half}, half), ({"max_bytes": half, "max_documents": 1}, third.n_bytes)):
+        assert estimate_volume(prepare_config(path=str(folder), **limits)).n_bytes == pytest.approx(kept)
 
 
-@pytest.mark.parametrize("name", ["absent", "."])
-def test_a_folder_without_data_is_refused(tmp_path, name):
-    with pytest.raises(UserError, match=r"prepare\.path = .* holds no file named \*\.parquet"):
+@pytest.mark.parametrize(("name", "told"), [("absent", "is not a folder"), (".", r"holds no file named \*\.parquet")])
+def test_a_folder_without_data_is_refused(tmp_path, name, told):
+    with pytest.raises(UserError, match=rf"prepare\.path = .* {told}"):
         estimate_volume(prepare_config(path=str(tmp_path / name)))
 
 
@@ -209,12 +212,12 @@ def test_a_damaged_file_is_named(folder):
         estimate_volume(prepare_config(path=str(folder)))
 
 
-@pytest.mark.parametrize(("subset", "tokens"), [("sample-10BT", 10e9), ("sample-350BT", 350e9), ("default", 10e9)])
-def test_a_sample_of_fineweb_has_the_tokens_of_its_name(subset, tokens):
-    found = estimate_volume(plan_of("full", prepare__subset=subset).prepare)
+@pytest.mark.parametrize(("name", "tokens"), [("sample/10BT/*", 10e9), ("sample/350BT/*", 350e9), ("data/*", 10e9)])
+def test_a_sample_of_fineweb_has_the_tokens_of_its_name(name, tokens):
+    found = estimate_volume(plan_of("full", prepare__files=name).prepare)
     assert found.tokens == pytest.approx(tokens)
     assert found.n_bytes == pytest.approx(tokens * PROSE_BYTES_PER_TOKEN)
-    assert ("billion tokens assumed" in found.basis) == (subset == "default")
+    assert ("billion tokens assumed" in found.basis) == (name == "data/*")
 
 
 def test_documentation_is_a_share_of_the_source_of_the_packages():

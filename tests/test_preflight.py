@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from transformers import GPT2Config
 
-from gpt2 import preflight, tokenizer
+from gpt2 import preflight, storage, tokenizer
 from gpt2.forecast import Estimate
 from gpt2.hardware import HardwareConfig
 from gpt2.machine import Gpu, Machine
@@ -265,12 +265,32 @@ def demand(workload: Workload, links: Links, root: Path) -> dict[str, float]:
     return {demand.name: demand.n_bytes for demand in disk_demands(workload, links, root)}
 
 
+@pytest.fixture(autouse=True)
+def hub_cache(tmp_path, monkeypatch) -> Path:
+    """No cache of this machine counts."""
+    monkeypatch.setattr(storage, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    return tmp_path / "hub"
+
+
+def test_what_the_hub_will_send_needs_room_in_its_cache(repository, hub_cache):
+    links = Links(repository, ("copy",), ())
+    assert "hub cache" not in demand(Workload(plan_of(), VOLUME, LAPTOP), links, repository)
+    workload = Workload(plan_of("full"), VOLUME, LAPTOP)
+    before = demand(workload, links, repository)["hub cache"]
+    assert before == pytest.approx(0.63 * VOLUME.n_bytes)
+    blobs = hub_cache / "datasets--HuggingFaceFW--fineweb-edu/blobs"
+    blobs.mkdir(parents=True)
+    (blobs / "some").write_bytes(bytes(5000))
+    assert demand(workload, links, repository)["hub cache"] == pytest.approx(before - 5000)
+
+
 def test_copies_take_their_room_twice_and_links_once(repository):
     workload = Workload(plan_of("full"), VOLUME, LAPTOP)
     outs = sum(need.written for need in workload.needs().values())
     copied = demand(workload, Links(repository, ("copy",), ()), repository)
     linked = demand(workload, Links(repository, ("hardlink",), ("hardlink",)), repository)
-    assert copied == {"workspace": outs, "DVC cache": outs, "checkpoints": workload.scratch_bytes}
+    hub = {"hub cache": workload.download_bytes}
+    assert copied == {**hub, "workspace": outs, "DVC cache": outs, "checkpoints": workload.scratch_bytes}
     assert linked == {**copied, "workspace": 0}
 
 

@@ -306,16 +306,16 @@ def probe(home: Path, sources: list[str], **environment: str) -> list[dict | str
 def test_a_model_of_the_hub_is_read_by_its_commit_and_again_offline(saved, tmp_path):
     digest = hashlib.sha256((saved / WEIGHTS).read_bytes()).hexdigest()
     expected = {"init_from": REPOSITORY, "init_sha256": digest, "init_commit": COMMIT}
-    with serve(saved) as (address, asked):
+    with serve(saved) as hub:
         sources = [REPOSITORY, f"{REPOSITORY}@{COMMIT}", f"{REPOSITORY}@v9", "someone/else"]
-        main, commit, revision, name = probe(tmp_path, sources, HF_ENDPOINT=address)
+        main, commit, revision, name = probe(tmp_path, sources, HF_ENDPOINT=hub.address)
     assert main == commit == expected
     for error, told in ((revision, f"{REPOSITORY}@v9"), (name, "someone/else")):
         assert error.startswith(f"train.init_from: {told} is no folder here and cannot be read from the hub (404")
-    gets = {path.rpartition("/")[2] for path in asked if path.startswith("GET")}
+    gets = {path.rpartition("/")[2] for path in hub.asked if path.startswith("GET")}
     assert gets == {"config.json", WEIGHTS}
     # What followed the first file was asked of its commit.
-    assert all(f"/{COMMIT}/" in path for path in asked if path.endswith(WEIGHTS))
+    assert all(f"/{COMMIT}/" in path for path in hub.asked if path.endswith(WEIGHTS))
     again, other = probe(tmp_path, [REPOSITORY, "someone/else"], HF_HUB_OFFLINE="1")
     assert again == expected
     assert "someone/else holds no config.json in the cache, and the hub cannot be asked: unset HF_HUB_OFFLINE" in other
