@@ -36,7 +36,7 @@ LAYERS = {
     "leaf": "files params stage hardware shape dist shards loss stability interrupt heartbeat rows markup machine "
     "units scratch workers",
     "core": "model cache layers weights pretrained checkpoint optim data windows tokenizer items corpus docstrings "
-    "sources",
+    "sources encode",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
     "train_results norm_study generate card export heads redundancy criteria prune prunability repair frontier",
     "whole": "schema volume workload forecast storage preflight check",
