@@ -11,18 +11,17 @@ import time
 from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, closing
-from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
 from pydantic import PositiveInt
 from tqdm import tqdm
 
+from gpt2.encode import REMEDY, RowGroup, encode_group
 from gpt2.files import UserError
 from gpt2.interrupt import Interrupt
 from gpt2.params import Config
@@ -32,13 +31,10 @@ from gpt2.workers import in_order
 
 SPLITS = ("train", "val", "test")
 # What decides the token files beside their inputs.
-SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("shards", "tokenize")]
+SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("encode", "shards", "tokenize")]
 # Text for which it pays to start a process: it is encoded in the time that the start takes.
 PROCESS_BYTES = 2**25
-# Documents turned into Python strings at a time.
-BATCH = 256
 LOG_SECONDS, CHECK_SECONDS = 30, 1
-REMEDY = "run `dvc repro -f prepare`"
 log = logging.getLogger(__name__)
 
 
@@ -48,19 +44,6 @@ class TokenizeConfig(Config):
     encoding: str
     # Tokens of one shard file, two bytes each.
     shard_tokens: PositiveInt
-
-
-@dataclass(frozen=True)
-class RowGroup:
-    """What one worker encodes at a time: a row group of a Parquet file, its documents and bytes (before packing)."""
-
-    file: Path
-    number: int
-    documents: int
-    n_bytes: int
-
-    def __str__(self) -> str:
-        return f"{self.file}, row group {self.number}"
 
 
 def token_identity(corpus: Path, encoding: tiktoken.Encoding, shard_tokens: int, threads: int) -> dict:
@@ -127,24 +110,6 @@ def _figures(splits: Mapping[str, TokenSet]) -> dict[str, float]:
     n_tokens = sum(tokens.n_tokens for tokens in splits.values())
     figures["bytes_per_token"] = sum(tokens.n_bytes for tokens in splits.values()) / n_tokens
     return figures
-
-
-def encode_group(encoding: tiktoken.Encoding, group: RowGroup) -> Piece:
-    """The token ids of a row group. Raises UserError if it cannot be read."""
-    separator = np.array([encoding.eot_token], dtype=np.uint32)
-    parts: list[np.ndarray] = []
-    n_bytes = 0
-    try:
-        with pq.ParquetFile(group.file) as table:
-            batches = table.iter_batches(BATCH, row_groups=[group.number], columns=["text"], use_threads=False)
-            for text in (text for batch in batches for text in batch["text"].to_pylist()):
-                n_bytes += len(text.encode())
-                # No special token is allowed, so the text of one is text; a buffer of ids costs less than a list.
-                parts += (separator, encoding.encode_to_numpy(text, disallowed_special=()))
-    except (pa.ArrowException, OSError) as error:
-        raise UserError(f"{group} cannot be read ({error}); {REMEDY}") from error
-    ids = np.concatenate(parts, dtype=np.uint16, casting="unsafe") if parts else np.empty(0, dtype=np.uint16)
-    return Piece(ids, len(parts) // 2, n_bytes)
 
 
 def _files(folder: Path) -> list[Path]:

@@ -1,14 +1,19 @@
 """Work spread over processes: results in the order of the tasks, bounded memory, and no process left behind.
 
-Each process has a pipe of its own, whose other end only the parent holds. So a worker sees the end of its pipe when the
-parent dies, however that happens, and the parent sees the end of a worker that the system kills.
+Each process has a socket of its own, whose other end only the parent holds. So a worker sees the end of it when the
+parent dies, however that happens, and the parent sees the end of a worker that the system kills. They are interpreters
+of their own and import what the function needs, not what the parent's main module does, as multiprocessing would.
 """
 
-import multiprocessing
+import os
 import signal
+import socket
+import subprocess
+import sys
 import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
+from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Connection, wait
 from typing import Any, TypeVar
@@ -21,21 +26,22 @@ R = TypeVar("R")
 QUEUED = 2
 # Tasks of each worker that may be begun or done while an earlier one is not.
 AHEAD = 4
-# For a worker whose pipe has closed to be gone as well.
+# For a worker whose socket has closed to be gone as well.
 END_SECONDS = 10
+_SERVE = "import sys; from gpt2.workers import serve; serve(int(sys.argv[1]))"
 
 
 def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
     """Yield `function(task)` for each task, computed by `workers` processes, or by this one if it is 1.
 
-    Function and tasks are pickled. At most AHEAD tasks a worker are begun beyond the result that is yielded next. An
-    exception of the function is raised here as soon as it is known; a killed worker is a UserError that names it and
-    its task. Close the generator to stop early: then, and at its end, no process is left.
+    Function and tasks are pickled, so the function's module must be one that can be imported. At most AHEAD tasks a
+    worker are begun beyond the result that is yielded next. An exception of the function is raised here as soon as it
+    is known; a killed worker is a UserError that names it and its task. Close the generator to stop early: then, and at
+    its end, no process is left.
     """
     if workers == 1:
         yield from map(function, tasks)
         return
-    # Not forked: threads of this process may hold locks, which a copy would find held for ever.
     crew: list[_Worker] = []
     try:
         for number in range(1, workers + 1):
@@ -75,13 +81,19 @@ class _Worker:
     """A process, and the tasks that it has not answered."""
 
     def __init__(self, number: int):
-        context = multiprocessing.get_context("spawn")
-        self.connection, theirs = context.Pipe()
+        self._name = f"worker {number}"
         self.tasks: deque[tuple[int, Any]] = deque()
-        self._process = context.Process(target=_serve, args=(theirs,), name=f"worker {number}", daemon=True)
-        self._process.start()
+        ours, theirs = socket.socketpair()
+        # No copy of this process: its threads may hold locks, which a fork would find held for ever.
+        self._process = subprocess.Popen(
+            [sys.executable, "-c", _SERVE, str(theirs.fileno())],
+            stdin=subprocess.DEVNULL,
+            pass_fds=[theirs.fileno()],
+            env={**os.environ, "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+        )
         # With the last end of theirs the worker goes, so this process must have none.
         theirs.close()
+        self.connection = Connection(ours.detach())
 
     def send(self, message: object) -> None:
         try:
@@ -104,23 +116,24 @@ class _Worker:
         return self.tasks.popleft()[0], result
 
     def _lost(self) -> UserError:
-        self._process.join(END_SECONDS)
-        code = self._process.exitcode
+        with suppress(subprocess.TimeoutExpired):
+            self._process.wait(END_SECONDS)
+        code = self._process.returncode
         how = f"was killed by {signal.Signals(-code).name}" if code and code < 0 else f"ended with status {code}"
         at = f" at {self.tasks[0][1]}" if self.tasks else ""
         memory = "; if memory ran out, lower hardware.workers" if code == -signal.SIGKILL else ""
-        return UserError(f"{self._process.name} (process {self._process.pid}) {how}{at}{memory}; run dvc repro again")
+        return UserError(f"{self._name} (process {self._process.pid}) {how}{at}{memory}; run dvc repro again")
 
     def stop(self) -> None:
         self.connection.close()
         # What it may still compute nobody waits for.
         self._process.kill()
-        self._process.join()
-        self._process.close()
+        self._process.wait()
 
 
-def _serve(connection: Connection) -> None:
-    """The life of a worker: take the function, then answer tasks until the parent's end of the pipe closes."""
+def serve(descriptor: int) -> None:
+    """The life of a worker: take the function, then answer tasks until the parent's end of the socket closes."""
+    connection = Connection(descriptor)
     # These may reach every process of a terminal or a job; the parent decides.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)

@@ -63,6 +63,35 @@ def test_an_answer_is_found_wherever_chunks_and_shards_end(write_tokens, monkeyp
         assert items_in_training(benchmark, write_tokens(make_text(200, [(position, wanted)]))) == 1
 
 
+def test_processes_find_what_one_finds(write_tokens, monkeypatch):
+    monkeypatch.setattr(contamination, "PROCESS_TOKENS", 1)
+    benchmark = make_benchmark()
+    # The module of a process has its own TASK_TOKENS: one task for all.
+    planted = [(100 * item, row(benchmark, item)) for item in range(3)]
+    assert items_in_training(benchmark, write_tokens(make_text(1000, planted)), workers=2) == 3
+
+
+@pytest.mark.parametrize("task_tokens", [1, 50, RUN])
+def test_an_answer_is_found_wherever_tasks_end(write_tokens, monkeypatch, task_tokens):
+    monkeypatch.setattr(contamination, "PROCESS_TOKENS", 1)
+    monkeypatch.setattr(contamination, "TASK_TOKENS", task_tokens)
+    # Here, where the settings above hold.
+    monkeypatch.setattr(contamination, "in_order", lambda function, tasks, _: (function(task) for task in tasks))
+    benchmark = make_benchmark()
+    for position in range(40, 60):
+        text = write_tokens(make_text(120, [(position, row(benchmark, 1))]))
+        assert items_in_training(benchmark, text, workers=2) == 1
+
+
+def test_the_hash_of_a_run_is_a_polynomial_of_its_tokens():
+    tokens = make_text(40)
+    expected = [
+        sum((int(token) + 1) * contamination.BASE ** (RUN - 1 - i) for i, token in enumerate(tokens[start:][:RUN]))
+        for start in range(40 - RUN + 1)
+    ]
+    assert contamination._hash_runs(tokens).tolist() == [value % 2**64 for value in expected]
+
+
 def test_what_counts_is_the_run_across_the_start_of_the_right_ending(write_tokens):
     benchmark = make_benchmark()
     answer = row(benchmark, 2)

@@ -36,7 +36,7 @@ LAYERS = {
     "leaf": "files params stage hardware shape dist shards loss loss_kernel stability interrupt heartbeat rows "
     "markup machine units scratch workers",
     "core": "model cache layers weights pretrained checkpoint optim data windows tokenizer items corpus docstrings "
-    "sources dedup hub",
+    "sources encode dedup hub",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
     "train_results norm_study generate card export heads redundancy criteria prune prunability repair frontier "
     "circuits nulls",

@@ -57,8 +57,7 @@ def process_number(_: int) -> int:
 
 
 def children() -> list[psutil.Process]:
-    """Processes of this one, the tracker of multiprocessing left out, which lives as long as its parent."""
-    return [child for child in psutil.Process().children() if "resource_tracker" not in " ".join(child.cmdline())]
+    return psutil.Process().children()
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
