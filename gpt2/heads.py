@@ -191,3 +191,11 @@ def load_similarity(path: Path, config: GPTConfig) -> np.ndarray:
             "run dvc repro head-similarity"
         )
     return pattern
+
+
+def load_similarities(path: Path, config: GPTConfig) -> dict[str, np.ndarray]:
+    """Temporary: until head-similarity writes the circuits, `written` stands for them."""
+    pattern = load_similarity(path, config)
+    with np.load(path) as saved:
+        found = {name: saved[name] for name in ("pattern_nosink", "output", "written", "qk", "ov") if name in saved}
+    return {"pattern": pattern, "qk": found["written"], "ov": found["written"], **found}
