@@ -1,22 +1,29 @@
 """Does similarity tell which heads can go? That and the importance of each head beside what removing it alone costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from gpt2.evaluate import mean_loss
-from gpt2.heads import list_heads
-from gpt2.model import GPT
-from gpt2.prune import remove_heads
+from gpt2.frontier import Evaluator
+from gpt2.heads import Head
 
 DIGITS = 6
 # Of the heads, for the interval of a correlation.
 RESAMPLES, SEED = 2000, 0
-# What may predict the rise of the loss.
-PREDICTORS = ("similarity", "taylor")
+# What may predict the rise of the loss: the highest cosine to another head of the layer, by the name of its matrix in
+# data/heads.npz, and the importance.
+MATRICES = {
+    "similarity": "pattern",
+    "nosink": "pattern_nosink",
+    "output": "output",
+    "written": "written",
+    "qk": "qk",
+    "ov": "ov",
+}
+PREDICTORS = (*MATRICES, "taylor")
 
 
 class HeadCost(NamedTuple):
@@ -24,8 +31,14 @@ class HeadCost(NamedTuple):
 
     layer: int
     head: int
-    # Highest cosine of its attention pattern with that of another head of the layer.
+    # Highest cosine with another head of the layer: of the attention patterns, with and without the first key, of what
+    # the heads put out and of what they write, of the circuits W_QK and W_OV.
     similarity: float
+    nosink: float
+    output: float
+    written: float
+    qk: float
+    ov: float
     # Score of criteria.score_taylor.
     taylor: float
     # Nats per token.
@@ -33,20 +46,19 @@ class HeadCost(NamedTuple):
 
 
 def cost_each_head(
-    model: GPT, similarity: np.ndarray, taylor: Sequence[Tensor], windows: Tensor, batch_size: int
+    evaluator: Evaluator, heads: Sequence[Head], similarities: Mapping[str, np.ndarray], taylor: Sequence[Tensor]
 ) -> list[HeadCost]:
-    """Remove every head alone and measure the mean loss on windows (N, T + 1).
+    """Remove every head alone and measure the mean loss.
 
-    similarity (M, M) are the cosines of the patterns, taylor the scores (H,) of each layer.
+    similarities (M, M) each are what load_similarities returns, taylor the scores (H,) of each layer.
     """
-    heads, whole = list_heads(model.config), mean_loss(model, windows, batch_size)
-    costs = []
+    whole, costs = evaluator.losses([]).mean(), []
     for i, head in enumerate(heads):
-        others = [similarity[i, j] for j, other in enumerate(heads) if other.layer == head.layer and i != j]
+        others = [j for j, other in enumerate(heads) if other.layer == head.layer and j != i]
         numbers = (
-            max(others, default=0.0),
+            *(max((similarities[name][i, j] for j in others), default=0.0) for name in MATRICES.values()),
             taylor[head.layer][head.index].item(),
-            mean_loss(remove_heads(model, [head]), windows, batch_size) - whole,
+            evaluator.losses([head]).mean() - whole,
         )
         costs.append(HeadCost(*head, *(round(float(number), DIGITS) for number in numbers)))
     return costs

@@ -23,10 +23,14 @@ class PruneConfig(Config):
     shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)]
     # One random order each.
     random_seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    # Training tokens for the repairs, validation tokens for the Taylor criterion and test tokens for perplexity, each
-    # rounded down to whole sequences.
+    # Random sets of CLAIMED_SHARE of the heads, to tell how many of them cost less than a choice.
+    random_sets: PositiveInt
+    # Training tokens for the repairs, validation tokens for Taylor's criterion and, fewer, for the greedy search by
+    # loss, which passes them through the model for each head and step, test tokens for perplexity; each rounded down to
+    # whole sequences.
     calibration_tokens: PositiveInt
     scoring_tokens: PositiveInt
+    greedy_tokens: PositiveInt
     eval_tokens: PositiveInt
     # How strongly a refit holds on to the weights, relative to the mean square of the channels it acts on;
     # with less than this bound, rounding may leave the equations without a solution.
@@ -66,7 +70,12 @@ def count_removals(model: GPT, shares: Sequence[float]) -> list[int]:
                 f"prune.shares contains {share}, which is {round(share * n_heads)} of {n_heads} heads; "
                 f"choose values from {1 / n_heads:.3f} to {1 - 1 / n_heads:.3f}"
             )
-    return sorted({0, *(round(share * n_heads) for share in (CLAIMED_SHARE, *shares))})
+    return sorted({0, claimed_count(n_heads), *(round(share * n_heads) for share in shares)})
+
+
+def claimed_count(n_heads: int) -> int:
+    """Heads that are CLAIMED_SHARE of all."""
+    return round(CLAIMED_SHARE * n_heads)
 
 
 def remove_heads(model: GPT, removed: Collection[Head]) -> GPT:
