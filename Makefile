@@ -37,3 +37,4 @@ bench: setup  ## the benchmarks; NANOGPT=folder of a nanoGPT checkout adds a bas
 	python -m bench $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	python -m bench.generate $(if $(NANOGPT),--nanogpt $(NANOGPT))
 	python -m bench.hellaswag $(if $(HELLASWAG),--items $(HELLASWAG))
+	python -m bench.prune
