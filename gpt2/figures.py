@@ -10,7 +10,7 @@ import pandas as pd
 from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, StrMethodFormatter
 
 from gpt2.files import atomic_path
 from gpt2.measures import (
@@ -48,7 +48,11 @@ SIMILARITY_COLOURS = (
 GROUP_COLOURS = dict(zip(WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=True))
 MARKERS = "os^Dv*"
 REPAIR_LINES = {"none": "-", "refit": "-", "stepwise refit": "-.", "merge": ":", "merge and stepwise refit": "--"}
-PREDICTORS = {"similarity": "Highest similarity to a head of its layer", "taylor": "Taylor importance"}
+PREDICTORS = {
+    "similarity": "Highest cosine of patterns in the layer",
+    "ov": "Highest cosine of W_OV in the layer",
+    "taylor": "Taylor importance",
+}
 WIDTH = 8.0  # inches; with DPI it is 1,200 pixels, half as much again as a README shows
 DPI = 150
 RUN = ["norm", "max_lr", "warmup_steps", "seed"]  # what tells the runs of the norm study apart
@@ -274,19 +278,19 @@ def draw_prune(results: Results) -> Figure:
     panels[0].set_title("without repair", size=9, color=INK)
     panels[1].set_title("with repair", size=9, color=INK)
     panels[0].set_ylabel("Rise of perplexity (%)")
-    _legend(figure, panels)
+    _legend(figure, panels, ncols=5)
     return figure
 
 
 def draw_prunability(results: Results) -> Figure:
-    """Rise of the loss without each head alone, against its similarity and its Taylor importance."""
-    table = results.table("prune/heads.csv", ["layer", "similarity", "taylor", "loss_rise"])
-    figure, panels = _panels(2, 3.4)
+    """Rise of the loss without each head alone, against its similarity in two ways and its Taylor importance."""
+    table = results.table("prune/heads.csv", ["layer", *PREDICTORS, "loss_rise"])
+    figure, panels = _panels(3, 3.4)
     for axes, (name, label) in zip(panels, PREDICTORS.items(), strict=True):
         points = axes.scatter(table[name], table["loss_rise"], c=table["layer"], cmap="viridis", s=18)
         _level(axes, 0, "")
         value, low, high = (results.value(f"prune.{name}_rank_correlation{end}") for end in ("", "_low", "_high"))
-        axes.set_title(f"rank correlation {value:+.2f} ({low:+.2f} to {high:+.2f})", size=9, color=INK)
+        axes.set_title(f"rank correlation {value:+.2f}\n[{low:+.2f}, {high:+.2f}]", size=9, color=INK)
         axes.set_xlabel(label)
     panels[0].set_ylabel("Rise of loss without the head (nats)")
     bar = figure.colorbar(points, ax=panels, label="Layer", ticks=sorted(set(table["layer"])))
@@ -342,6 +346,8 @@ def draw_prune_speed(results: Results) -> Figure:
         saved = (speed[f"pruned_{rate}"], results.value("prune.pruned_perplexity"))
         axes.plot(*saved, "*", color=CRITERION_COLOURS["loss"], markersize=10, label="saved model")
         axes.set(xlabel=label, ylabel="Perplexity")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
     _legend(figure, panels[:1])
     return figure
 
@@ -404,10 +410,10 @@ def _level(axes: Axes, value: float, label: str, linestyle: str = "--") -> None:
     axes.axhline(value, color=INK, linestyle=linestyle, linewidth=0.8, zorder=1, label=label)
 
 
-def _legend(figure: Figure, panels: list[Axes]) -> None:
+def _legend(figure: Figure, panels: list[Axes], ncols: int = 6) -> None:
     """One legend above the panels, where it hides no curve."""
     handles = [handle for axes in panels for handle in axes.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside upper center", ncols=6, frameon=False, fontsize=8)
+    figure.legend(handles=handles, loc="outside upper center", ncols=ncols, frameon=False, fontsize=8)
 
 
 def _fault(axes: Axes, position: float, colour: str = INK) -> None:

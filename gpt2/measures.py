@@ -56,6 +56,16 @@ SIMILARITIES = {
     "written_taylor": "what is written, lower Taylor goes",
     "written_distinct": "what is written, times its size",
 }
+# What may tell how much a head costs: of which metrics of prune a rank correlation is.
+PREDICTORS = {
+    "similarity": "attention patterns",
+    "nosink": "patterns without the first key",
+    "output": "outputs",
+    "written": "what is written",
+    "qk": "circuit W_QK",
+    "ov": "circuit W_OV",
+    "taylor": "Taylor importance",
+}
 # Rates of a pruned model in speed/prune.json.
 PRUNED_RATES = {
     "prefill_tokens_per_s": "Read one (tokens/s)",
@@ -284,7 +294,7 @@ def tell_rise(results: Results, column: str) -> str:
     """The rise at 15 % with its 95 % interval, in words."""
     key = pruning_key(column, "perplexity_rise_percent_at_15")
     low, high = (results.value(f"{key}_{end}") for end in ("low", "high"))
-    return f"{rise_at_15(results, column):+.2f} % ({low:+.2f} to {high:+.2f})"
+    return f"{rise_at_15(results, column):+.2f} % [{low:+.2f}, {high:+.2f}]"
 
 
 def measure_pruning(results: Results, column: str) -> Finding:
@@ -333,7 +343,7 @@ def measure_repair(results: Results) -> Finding:
     most = {column: most_below_5(results, column) for column in CHOSEN_REPAIRED}
     best = max(most, key=most.get)
     criterion, repair = name_pruning(best)
-    measured = f"{number(most[best])} % by {criterion} with {repair} against {number(plain)} %"
+    measured = f"{number(most[best])} % by {CRITERIA[criterion]} with {repair} against {number(plain)} %"
     return most[best] > 0 and most[best] >= REPAIR_GAIN * plain, measured
 
 

@@ -10,6 +10,7 @@ from gpt2.markup import literal, number, table
 from gpt2.measures import (
     CRITERIA,
     EMBEDDINGS,
+    PREDICTORS,
     PRUNED_RATES,
     REPAIRED,
     SIMILARITIES,
@@ -237,7 +238,7 @@ def describe_pruning(results: Results, figures: Mapping[str, str]) -> str:
     lead = (
         f"Removing {number(removed)} of {number(results.value('heads.heads'))} heads takes {saved[0]} of the "
         f"parameters, {saved[1]} of the operations per token and {saved[2]} of the key-value cache. In brackets is the "
-        "95 % interval over windows of text, of random choices also over the choices. The greedy choice by loss tries "
+        "95 % interval over windows of text, for random choices also over the choices. The greedy choice by loss tries "
         "every head at every step and is the expensive bound; iterative Taylor scores are taken again at each share."
     )
     repairs = (
@@ -300,7 +301,7 @@ def _tabulate_similarities(results: Results) -> str:
         above, low, high = orders.loc[order, columns[2:]]
         cheaper = number(cheaper_sets(results, similarity_column(order)))
         rise = tell_rise(results, similarity_column(order))
-        rows.append((SIMILARITIES[order], rise, f"{above:+.2f} ({low:+.2f} to {high:+.2f})", cheaper))
+        rows.append((SIMILARITIES[order], rise, f"{above:+.2f} [{low:+.2f}, {high:+.2f}]", cheaper))
     header = ("Redundancy by", "Perplexity without 15 %", "Above random (points)", "Random sets that cost less")
     return table(header, rows, "lrrr")
 
@@ -353,18 +354,18 @@ def describe_pruned_speed(results: Results, figures: Mapping[str, str]) -> str:
 
 def _tell_prunability(results: Results) -> str:
     """Whether a head that is like another, or unimportant by Taylor's score, costs little when it goes alone."""
-    told, ends = {}, {}
-    for name in ("similarity", "taylor"):
-        value, *ends[name] = (results.value(f"prune.{name}_rank_correlation{end}") for end in ("", "_low", "_high"))
-        told[name] = "{:+.2f} ({:+.2f} to {:+.2f})".format(value, *ends[name])
-    low, high = ends["similarity"]
-    verdict = "the interval holds 0, so that similarity does not tell which heads cost little"
-    if low > 0 or high < 0:
-        verdict = f"heads that are like another cost {'less' if high < 0 else 'more'}"
+    rows, telling = [], []
+    for key, name in PREDICTORS.items():
+        value, low, high = (results.value(f"prune.{key}_rank_correlation{end}") for end in ("", "_low", "_high"))
+        rows.append((name, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"))
+        # A head that is like another should cost little, an important one much.
+        if high < 0 if key != "taylor" else low > 0:
+            telling.append(name)
     return (
         "Each head was removed alone. The rank correlation of the rise of the loss with the head's highest similarity "
-        f"to another one of its layer is {told['similarity']}, 95 % interval over heads in brackets: {verdict}. With "
-        f"the Taylor importance it is {told['taylor']}."
+        "to another one of its layer, and with its Taylor importance, in brackets the 95 % interval over heads, is "
+        f"below. The interval lies on the side that tells what can go, without 0, for: {_list(telling)}.\n\n"
+        + table(("Highest similarity by", "Rank correlation"), rows, "lr")
     )
 
 

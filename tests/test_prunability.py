@@ -5,6 +5,7 @@ import pytest
 import torch
 from scipy.stats import spearmanr
 
+from gpt2 import measures
 from gpt2.criteria import score_taylor
 from gpt2.evaluate import mean_loss
 from gpt2.frontier import Evaluator
@@ -64,7 +65,7 @@ def test_correlations_are_spearmans():
     assert figures["taylor_rank_correlation"] == pytest.approx(expected, abs=1e-6)
     assert figures["similarity_rank_correlation_low"] == figures["similarity_rank_correlation_high"] == -1
     ends = [f"{name}_rank_correlation{end}" for name in PREDICTORS for end in ("", "_low", "_high")]
-    assert list(figures) == ends
+    assert list(figures) == ends and PREDICTORS == tuple(measures.PREDICTORS)
 
 
 def test_intervals_hold_the_correlation_and_shrink_with_the_number_of_heads():
