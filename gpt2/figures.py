@@ -49,8 +49,8 @@ GROUP_COLOURS = dict(zip(WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=
 MARKERS = "os^Dv*"
 REPAIR_LINES = {"none": "-", "refit": "-", "stepwise refit": "-.", "merge": ":", "merge and stepwise refit": "--"}
 PREDICTORS = {
-    "similarity": "Highest cosine of patterns in the layer",
-    "ov": "Highest cosine of W_OV in the layer",
+    "similarity": "Highest cosine of patterns",
+    "ov": "Highest cosine of W_OV",
     "taylor": "Taylor importance",
 }
 WIDTH = 8.0  # inches; with DPI it is 1,200 pixels, half as much again as a README shows

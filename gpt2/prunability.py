@@ -67,23 +67,43 @@ def cost_each_head(
 def correlate(costs: Sequence[HeadCost]) -> dict[str, float]:
     """Spearman's rank correlation of each of PREDICTORS with the rise of the loss, and its 95 % interval.
 
-    The interval is the percentile bootstrap over heads (Efron & Tibshirani 1993, chapter 13), with RESAMPLES draws.
+    <predictor>_rank_correlation is that of all heads. Layers differ in both, and a predictor may tell no more than the
+    layer; so in _rank_correlation_in_layer the mean of the layer is taken from the ranks. The interval is the
+    percentile bootstrap over heads (Efron & Tibshirani 1993, chapter 13), with RESAMPLES draws.
     """
     table = pd.DataFrame(costs)
     drawn = np.random.default_rng(SEED).integers(0, len(table), (RESAMPLES, len(table)))
+    # First all heads as they are.
+    rows = np.vstack([np.arange(len(table)), drawn])
+    layers, rise = table["layer"].to_numpy()[rows], _rank(table["loss_rise"].to_numpy()[rows])
     figures = {}
     for name in PREDICTORS:
-        predictor, rise = table[name].to_numpy(), table["loss_rise"].to_numpy()
-        low, high = np.percentile(_rank_correlations(predictor[drawn], rise[drawn]), (2.5, 97.5))
-        (whole,) = _rank_correlations(predictor[None], rise[None])
-        for end, value in (("", whole), ("_low", low), ("_high", high)):
-            figures[f"{name}_rank_correlation{end}"] = round(float(value), DIGITS)
+        predictor = _rank(table[name].to_numpy()[rows])
+        for place, groups in (("", np.zeros_like(layers)), ("_in_layer", layers)):
+            whole, *draws = _correlate(_centre(predictor, groups), _centre(rise, groups))
+            low, high = np.percentile(draws, (2.5, 97.5))
+            for end, value in (("", whole), ("_low", low), ("_high", high)):
+                figures[f"{name}_rank_correlation{place}{end}"] = round(float(value), DIGITS)
     return figures
 
 
-def _rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row of x (R, M) with that of y (R, M); 0 where one does not vary."""
-    x, y = (pd.DataFrame(values).rank(axis=1).to_numpy() for values in (x, y))
-    x, y = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (x, y))
+def _rank(values: np.ndarray) -> np.ndarray:
+    """Rank in its row of each value (R, M), equal ones sharing the mean."""
+    return pd.DataFrame(values).rank(axis=1).to_numpy()
+
+
+def _centre(ranks: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Ranks (R, M) less the mean of their group (R, M) in the row."""
+    centred = ranks.copy()
+    for group in np.unique(groups):
+        members = groups == group
+        means = (ranks * members).sum(1) / np.maximum(1, members.sum(1))
+        centred -= means[:, None] * members
+    return centred
+
+
+def _correlate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Correlation of each row of x (R, M) with that of y (R, M), both centred; 0 where one does not vary."""
     lengths = np.sqrt((x * x).sum(1) * (y * y).sum(1))
-    return np.divide((x * y).sum(1), lengths, out=np.zeros(len(x)), where=lengths > 0)
+    # Rounding leaves some of what is taken from ranks that do not vary.
+    return np.divide((x * y).sum(1), lengths, out=np.zeros(len(x)), where=lengths > 1e-6)

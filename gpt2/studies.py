@@ -354,18 +354,24 @@ def describe_pruned_speed(results: Results, figures: Mapping[str, str]) -> str:
 
 def _tell_prunability(results: Results) -> str:
     """Whether a head that is like another, or unimportant by Taylor's score, costs little when it goes alone."""
-    rows, telling = [], []
+    rows, telling = [], {"": [], "_in_layer": []}
     for key, name in PREDICTORS.items():
-        value, low, high = (results.value(f"prune.{key}_rank_correlation{end}") for end in ("", "_low", "_high"))
-        rows.append((name, f"{value:+.2f} [{low:+.2f}, {high:+.2f}]"))
-        # A head that is like another should cost little, an important one much.
-        if high < 0 if key != "taylor" else low > 0:
-            telling.append(name)
+        cells = []
+        for place in telling:
+            metrics = (f"prune.{key}_rank_correlation{place}{end}" for end in ("", "_low", "_high"))
+            value, low, high = map(results.value, metrics)
+            cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
+            # A head that is like another should cost little, an important one much.
+            if low > 0 if key == "taylor" else high < 0:
+                telling[place].append(name)
+        rows.append((name, *cells))
     return (
-        "Each head was removed alone. The rank correlation of the rise of the loss with the head's highest similarity "
-        "to another one of its layer, and with its Taylor importance, in brackets the 95 % interval over heads, is "
-        f"below. The interval lies on the side that tells what can go, without 0, for: {_list(telling)}.\n\n"
-        + table(("Highest similarity by", "Rank correlation"), rows, "lr")
+        "Each head was removed alone. The table has the rank correlation of the rise of the loss with the head's "
+        "highest similarity to another one of its layer, and with its Taylor importance; in brackets the 95 % interval "
+        "over heads. Layers differ in both, so that within layers, where the mean of each is taken from the ranks, the "
+        "sign may turn. The interval lies on the side that tells what can go, without 0, over all heads for: "
+        f"{_list(telling[''])}. Within layers for: {_list(telling['_in_layer'])}.\n\n"
+        + table(("Highest similarity by", "Rank correlation", "Within layers"), rows, "lrr")
     )
 
 

@@ -210,7 +210,8 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
         scores = {"": 0.3, "_stderr": 0.01, "_difference": -0.01, "_difference_margin": 0.02, "_p": 0.25}
         metrics |= {f"{name}_hellaswag_acc_norm{end}": value for end, value in scores.items()}
     ends = {"": -0.4, "_low": -0.6, "_high": -0.1}
-    metrics |= {f"{name}_rank_correlation{end}": value for name in PREDICTORS for end, value in ends.items()}
+    kinds = [f"{name}_rank_correlation{place}" for name in PREDICTORS for place in ("", "_in_layer")]
+    metrics |= {f"{kind}{end}": value for kind in kinds for end, value in ends.items()}
     write_json(root / "metrics/prune.json", metrics)
     models = [(f"heads_removed_{count}", 1 + count / n_heads) for count in counts] + [("pruned", 1.2)]
     rates = {f"{name}_{rate}": 1000.5 * faster for name, faster in models for rate in PRUNED_RATES}

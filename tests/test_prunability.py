@@ -64,8 +64,22 @@ def test_correlations_are_spearmans():
     expected = spearmanr([cost.taylor for cost in costs], [cost.loss_rise for cost in costs]).statistic
     assert figures["taylor_rank_correlation"] == pytest.approx(expected, abs=1e-6)
     assert figures["similarity_rank_correlation_low"] == figures["similarity_rank_correlation_high"] == -1
-    ends = [f"{name}_rank_correlation{end}" for name in PREDICTORS for end in ("", "_low", "_high")]
+    kinds = [f"{name}_rank_correlation{place}" for name in PREDICTORS for place in ("", "_in_layer")]
+    ends = [f"{kind}{end}" for kind in kinds for end in ("", "_low", "_high")]
     assert list(figures) == ends and PREDICTORS == tuple(measures.PREDICTORS)
+
+
+def test_what_tells_no_more_than_the_layer_correlates_with_nothing_in_it():
+    rng, costs = np.random.default_rng(1), []
+    for i in range(200):
+        layer = i // 50
+        # The importance tells the layer alone; similarity is the same in all layers, and lower where a head costs more.
+        rise = 10 * layer + rng.random()
+        costs.append(HeadCost(layer, i % 50, *[10 * layer - rise] * len(MATRICES), 10 * layer + rng.random(), rise))
+    figures = correlate(costs)
+    assert figures["taylor_rank_correlation"] > 0.9
+    assert figures["taylor_rank_correlation_in_layer_low"] < 0 < figures["taylor_rank_correlation_in_layer_high"]
+    assert figures["similarity_rank_correlation_in_layer_high"] < -0.2
 
 
 def test_intervals_hold_the_correlation_and_shrink_with_the_number_of_heads():
