@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from typing import Annotated
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gpt2.files import UserError
 from gpt2.heads import Head, list_heads
@@ -39,6 +39,11 @@ class PruneConfig(Config):
     batch_size: PositiveInt
     # The saved model has the most heads removed for a rise of perplexity below this.
     limit_percent: Annotated[float, Field(gt=0)]
+    # Training steps of the model that is saved, of batch_size sequences each, and their highest learning rate.
+    recovery_steps: NonNegativeInt
+    recovery_max_lr: PositiveFloat
+    # Of the order of the training data.
+    recovery_seed: NonNegativeInt
 
     @model_validator(mode="after")
     def _distinct(self) -> "PruneConfig":

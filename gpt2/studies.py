@@ -322,8 +322,17 @@ def _tell_scores(results: Results) -> str:
         f"On the benchmark (completion acc_norm) the whole model scores {score('whole')}, without 15 % of the heads by "
         f"redundancy {against('redundancy_at_15')}, and the saved model without "
         f"{number(results.value('prune.pruned_heads'))} heads {against('pruned')}: differences on the same items with "
-        "their 95 % intervals, p by McNemar's exact test."
+        f"their 95 % intervals, p by McNemar's exact test.{_tell_recovery(results)}"
     )
+
+
+def _tell_recovery(results: Results) -> str:
+    """What training after the repair did, if there was any."""
+    steps = results.value("prune.recovery_steps")
+    if not steps:
+        return ""
+    before, after = (number(results.value(f"prune.pruned_perplexity{end}")) for end in ("_before_recovery", ""))
+    return f" {number(steps)} steps of training took the saved model from a perplexity of {before} to {after}."
 
 
 def describe_pruned_speed(results: Results, figures: Mapping[str, str]) -> str:

@@ -288,6 +288,8 @@ class Workload:
         tries = max(counts) * (n_heads - max(counts) / 2)
         flops += tries * forward_flops(model, config.greedy_tokens / 2, config.greedy_tokens)
         flops += 3 * self._benchmark_flops()
+        recovered = config.recovery_steps * config.batch_size * model.block_size
+        flops += training_flops_per_token(model) * recovered
         # gather_moments passes the calibration tokens once, refit_stepwise three times for each of its sets; products
         # are taken of C channels there and of 2 C here.
         stepwise = len(counts) * len(STEPWISE)

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from gpt2.chance import compare_with_chance, measure_random_sets, tabulate_similarities
 from gpt2.criteria import rank_heads, score_taylor
+from gpt2.data import TrainOrder
 from gpt2.dist import setup_device
 from gpt2.evaluate import require_fit
 from gpt2.files import write_csv, write_json
@@ -29,6 +30,7 @@ from gpt2.prunability import HeadCost, correlate, cost_each_head
 from gpt2.prune import PruneConfig, claimed_count, count_removals, remove_heads
 from gpt2.pruned_scores import score_models
 from gpt2.pruned_speed import compare_speed
+from gpt2.recovery import recover, summarise_recovery
 from gpt2.repair import calibrate, remove_and_repair
 from gpt2.scoring import HellaswagConfig
 from gpt2.shards import TokenSet
@@ -90,7 +92,10 @@ def main() -> None:
         }
         frontier = measure_frontier(evaluator, orders, counts)
         chosen, removed = choose_removed(frontier, orders, config.limit_percent)
-        pruned = remove_and_repair(model, removed, chosen.repair, calibration)
+        repaired = remove_and_repair(model, removed, chosen.repair, calibration)
+        order = TrainOrder(TokenSet(TOKENS, "train"), model.config.block_size, config.batch_size, config.recovery_seed)
+        steps = config.recovery_steps if removed else 0
+        pruned = recover(repaired, order, steps, config.recovery_max_lr)
         save_model(pruned, PRUNED)
 
         ranked = rank_by_similarity(model, similarities, taylor, calibration.moments)
@@ -106,9 +111,10 @@ def main() -> None:
         write_csv(CURVES / "frontier.csv", *tabulate(model, frontier))
         write_csv(CURVES / "intervals.csv", *tabulate_intervals(frontier))
         write_csv(CURVES / "similarities.csv", *tabulate_similarities(frontier, similar))
-        figures = {
+        figures = summarise(model, frontier, chosen, removed)
+        figures |= {
             **{f"{use}_tokens": windows[:, 1:].numel() for use, windows in vars(text).items()},
-            **summarise(model, frontier, chosen, removed),
+            **summarise_recovery(figures, pruned, steps, text.eval, config.batch_size),
             **correlate(costs),
             **compare_with_chance(frontier, similar, plain, claimed, sets),
             **score_models(scored, load_benchmark(TOKENS / "hellaswag.npz"), batch_tokens),

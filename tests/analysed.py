@@ -27,6 +27,9 @@ SECTIONS = {
         "batch_size": 3,
         "ridge": 1e-3,
         "limit_percent": 5.0,
+        "recovery_steps": 0,
+        "recovery_max_lr": 1e-3,
+        "recovery_seed": 1,
     },
     "hellaswag": {"batch_tokens": 200},
 }

@@ -190,7 +190,7 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
     _invent_similarities(root, counts[1:])
     metrics = {
         "baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0], "calibration_tokens": 16384,
-        "pruned_heads": rows[3][0], "pruned_perplexity": 30.5, "random_sets": 199,
+        "pruned_heads": rows[3][0], "pruned_perplexity": 30.5, "random_sets": 199, "recovery_steps": 0,
     }  # fmt: skip
     for column in powers:
         prefix = "" if column == "redundancy" else f"{column}_"

@@ -39,7 +39,7 @@ LAYERS = {
     "sources",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
     "train_results norm_study generate card export heads redundancy criteria prune prunability repair frontier "
-    "iterative similar_orders intervals costs chance mcnemar pruned_scores pruned_speed",
+    "iterative similar_orders intervals costs chance mcnemar pruned_scores pruned_speed recovery",
     "whole": "schema volume workload forecast storage preflight check",
     "report": "hellaswag results measures claims studies figures report plots_page status",
 }

@@ -456,6 +456,17 @@ def test_stage_saves_the_whole_model_when_no_share_qualifies(tmp_path, monkeypat
     assert torch.equal(saved(learned[:, :-1]), load_model(tmp_path / "models" / "gpt2")(learned[:, :-1]))
 
 
+def test_stage_trains_the_pruned_model_if_asked(tmp_path, monkeypatch):
+    model = make_model()
+    run_stages(tmp_path, monkeypatch, model, prune={"limit_percent": 1000.0, "recovery_steps": 3})
+    figures = read_json(tmp_path / "metrics" / "prune.json")
+    saved = load_model(tmp_path / "models" / "pruned")
+    windows = spread_windows(TokenSet(tmp_path / "data" / "tokens", "test"), BLOCK_SIZE, 200)
+    assert figures["pruned_perplexity"] == pytest.approx(math.exp(mean_loss(saved, windows, 3)), abs=1e-5)
+    assert figures["pruned_perplexity"] != figures["pruned_perplexity_before_recovery"]
+    assert (figures["recovery_steps"], figures["pruned_heads"]) == (3, 6)
+
+
 @pytest.mark.parametrize(
     ("key", "split"),
     [

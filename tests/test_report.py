@@ -165,6 +165,16 @@ def test_loaded_weights_are_told_from_trained_ones(tmp_path):
     assert not [link for link in FIGURES if link != "layers" and f"{link}.png" not in text]
 
 
+def test_recovery_training_is_told_where_there_was_any(tmp_path):
+    results = invent_run(tmp_path)
+    assert "steps of training took" not in write_report(results, LINKS)
+    for key, value in {"recovery_steps": 50, "pruned_perplexity_before_recovery": 33.0}.items():
+        set_metric(tmp_path, f"prune.{key}", value)
+    assert "50 steps of training took the saved model from a perplexity of 33.00 to 30.50." in write_report(
+        results, LINKS
+    )
+
+
 def test_the_report_is_made_without_torch():
     code = "import sys, stages.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
