@@ -346,17 +346,19 @@ def describe_pruned_speed(results: Results, figures: Mapping[str, str]) -> str:
     saved = results.value("prune.pruned_heads")
     (bytes_saved,) = sizes.loc[sizes["heads_removed"] == saved, "memory_bytes"]
     models.append(("pruned", f"{number(saved)}, saved model", results.value("prune.pruned_perplexity"), bytes_saved))
+    # Only a GPU tells what a single model took.
+    rates = PRUNED_RATES | ({"peak_memory_gib": "Peak memory (GiB)"} if "pruned_peak_memory_gib" in speed else {})
     rows = [
-        (name, number(perplexity), *(number(speed[f"{key}_{rate}"]) for rate in PRUNED_RATES), number(size / 2**20))
+        (name, number(perplexity), *(number(speed[f"{key}_{rate}"]) for rate in rates), number(size / 2**20))
         for key, name, perplexity, size in models
     ]
-    header = ("Heads removed", "Perplexity", *PRUNED_RATES.values(), "Weights and cache (MiB)")
+    header = ("Heads removed", "Perplexity", *rates.values(), "Weights and cache (MiB)")
     return "\n\n".join(
         (
-            "Models without heads, by redundancy and as saved, read the first half of a context and write the rest, "
-            "one sequence and a batch. Memory is counted: fp32 weights, and keys and values of one sequence.",
+            "Models without heads, by redundancy and as saved, read half of a context and write on, one sequence and a "
+            "batch. Weights and cache are counted: in fp32, with the keys and values of one sequence at full context.",
             f"![Perplexity against measured tokens/s of pruned models]({figures['prune_speed']})",
-            table(header, rows, "lrrrrrr"),
+            table(header, rows, "l" + "r" * (len(header) - 1)),
         )
     )
 

@@ -297,6 +297,8 @@ class Workload:
         flops += (1 + 4 * stepwise) * 2 * model.n_layer * model.n_embd**2 * config.calibration_tokens
         sums = 8 * model.n_embd * (model.n_layer * model.n_embd + config.calibration_tokens)
         memory = self._training_memory(model, config.batch_size, "float32") + sums
+        # The models whose speed is compared.
+        memory += (len(counts) + 2) * self._model_bytes
         return self._model_need(self._model_bytes + SMALL_FILE, memory, flops)
 
     def _model_need(self, written: float, memory: float, flops: float, processes: int = 1, parallel: int = 1) -> Need:

@@ -175,6 +175,15 @@ def test_recovery_training_is_told_where_there_was_any(tmp_path):
     )
 
 
+def test_the_memory_of_pruned_models_is_told_where_a_gpu_measured_it(tmp_path):
+    results = invent_run(tmp_path)
+    assert "Peak memory (GiB) | Weights" not in write_report(results, LINKS)
+    for name in {key.removesuffix("_decode_tokens_per_s") for key in results.speed("prune") if "decode_tok" in key}:
+        set_metric(tmp_path, f"speed/prune.{name}_peak_memory_gib", 1.25)
+    text = write_report(results, LINKS)
+    assert "Peak memory (GiB) | Weights and cache" in text and "| 1.250 | 9.537 |" in text
+
+
 def test_the_report_is_made_without_torch():
     code = "import sys, stages.report; sys.exit('torch' in sys.modules)"
     assert subprocess.run([sys.executable, "-c", code], cwd=Path(__file__).parent.parent).returncode == 0
