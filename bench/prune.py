@@ -127,10 +127,10 @@ def tabulate(seconds: dict[str, float], operations: dict[str, float], peak: floa
     """A Markdown table of the parts and of the whole beside the limit."""
     rows = [*((part, seconds[part], operations[part]) for part in PARTS)]
     rows.append(("all", sum(seconds.values()), sum(operations.values())))
-    lines = ["| | seconds | products (PFLOP) | limit (s) | of the limit |", "|---|" + "--:|" * 4]
+    lines = ["| | seconds | products (TFLOP) | limit (s) | of the limit |", "|---|" + "--:|" * 4]
     for part, taken, count in rows:
         limit = count / peak
-        lines.append(f"| {part} | {taken:.1f} | {count / 1e15:.3g} | {limit:.1f} | {100 * limit / taken:.0f} % |")
+        lines.append(f"| {part} | {taken:.1f} | {count / 1e12:,.2f} | {limit:.1f} | {100 * limit / taken:.0f} % |")
     return "\n".join(lines)
 
 

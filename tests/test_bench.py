@@ -185,4 +185,4 @@ def test_pruning_is_measured_part_by_part():
     assert tuple(seconds) == prune.PARTS and all(taken > 0 for taken in seconds.values())
     assert tuple(orders) == tuple(column.criterion for column in PLAIN)
     table = prune.tabulate(dict.fromkeys(prune.PARTS, 2.0), dict.fromkeys(prune.PARTS, 1e9), peak=1e9)
-    assert read_cells(table, "all")[1:] == ["6.0", "3e-06", "3.0", "50 %"]
+    assert read_cells(table, "all")[1:] == ["6.0", "0.00", "3.0", "50 %"]
