@@ -40,3 +40,4 @@ bench: setup  ## the benchmarks; NANOGPT=folder of nanoGPT adds a baseline, HELL
 	$(if $(TEXT),python -m bench.prepare $(TEXT))
 	$(if $(TEXT),python -m bench.tokenize $(wildcard $(TEXT)/*.parquet))
 	python -m bench.heads
+	python -m bench.prune

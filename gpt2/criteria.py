@@ -1,9 +1,11 @@
-"""In which order to remove the heads of a model: four criteria, each an order of all heads, the first to go first.
+"""In which order to remove the heads of a model, the first to go first: criteria that look at the whole model once.
+
+gpt2/iterative.py has those that look at it again, gpt2/similar_orders.py other uses of similarity.
 
 Letters: B sequences, T tokens, C channels, H heads of a layer, D channels of a head, M heads of all layers together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -14,13 +16,13 @@ from gpt2.heads import Head, list_heads
 from gpt2.model import GPT
 
 Order = list[Head]
-CRITERIA = ("redundancy", "taylor", "magnitude", "random")
+ONE_SHOT = ("redundancy", "taylor", "magnitude", "random")
 
 
 def rank_heads(
     model: GPT, similarity: np.ndarray, taylor: Sequence[Tensor], seeds: Sequence[int]
 ) -> dict[str, list[Order]]:
-    """The orders of each criterion: one each, for random one a seed.
+    """The orders of each of ONE_SHOT: one each, for random one a seed.
 
     similarity (M, M) are the cosines of the attention patterns; taylor is what score_taylor returned.
     """
@@ -39,17 +41,39 @@ def order_by_redundancy(similarity: np.ndarray, heads: Sequence[Head]) -> Order:
     "More like" is the higher mean similarity to the heads left in the layer; of two equals the later one goes. When
     each layer is down to one head, the rest follow by the same rule without regard to layers.
     """
-    layers = np.array([head.layer for head in heads])
+
+    def pick(left: list[int]) -> int:
+        pair, comparable = most_similar_pair(similarity, heads, left), _comparable(heads, left)
+        alike = [similarity[left[place], left][comparable[place]].mean() for place in pair]
+        return pair[0] if alike[0] > alike[1] else pair[1]
+
+    return remove_one_by_one(heads, pick)
+
+
+def remove_one_by_one(heads: Sequence[Head], pick: Callable[[list[int]], int]) -> Order:
+    """The order in which heads go, of which one stays last. `pick` is given those left, as numbers, and tells a place
+    among them."""
     left, order = list(range(len(heads))), []
     while len(left) > 1:
-        cosines = similarity[np.ix_(left, left)]
-        comparable = (layers[left][:, None] == layers[left]) & ~np.eye(len(left), dtype=bool)
-        if not comparable.any():
-            comparable = ~np.eye(len(left), dtype=bool)
-        first, second = np.unravel_index(np.argmax(np.where(comparable, cosines, -np.inf)), cosines.shape)
-        alike = [cosines[member][comparable[member]].mean() for member in (first, second)]
-        order.append(heads[left.pop(first if alike[0] > alike[1] else second)])
+        order.append(heads[left.pop(pick(left))])
     return order + [heads[last] for last in left]
+
+
+def most_similar_pair(similarity: np.ndarray, heads: Sequence[Head], left: Sequence[int]) -> tuple[int, int]:
+    """Places in `left`, ascending, of the two most similar heads; of one layer as long as two of one layer are left.
+
+    left: which of `heads` there still are, as numbers.
+    """
+    cosines, comparable = similarity[np.ix_(left, left)], _comparable(heads, left)
+    first, second = np.unravel_index(np.argmax(np.where(comparable, cosines, -np.inf)), cosines.shape)
+    return int(first), int(second)
+
+
+def _comparable(heads: Sequence[Head], left: Sequence[int]) -> np.ndarray:
+    """Which pairs of those left are compared (n, n): two of one layer or, where there are none, any two."""
+    layers, others = np.array([heads[i].layer for i in left]), ~np.eye(len(left), dtype=bool)
+    within = (layers[:, None] == layers) & others
+    return within if within.any() else others
 
 
 def order_at_random(heads: Sequence[Head], seed: int) -> Order:

@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +11,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import LogFormatter
+from matplotlib.ticker import LogFormatter, MaxNLocator, StrMethodFormatter
 
 from gpt2.files import atomic_path
 from gpt2.measures import (
@@ -19,8 +19,10 @@ from gpt2.measures import (
     EMBEDDINGS,
     HELLASWAG_CHANCE,
     MAX_RISE_PERCENT,
+    PRUNED_RATES,
     REPAIRED,
     REPAIRS,
+    SIMILARITIES,
     WORD_GROUPS,
     name_pruning,
     read_vocabularies,
@@ -31,12 +33,28 @@ from gpt2.results import Results
 # Okabe and Ito's and Tol's colours, which people with any colour vision tell apart.
 GREY, INK = "#8c8c8c", "#333333"
 NORM_COLOURS = {"preln": "#0072b2", "postln": "#d55e00", "deepnorm": "#009e73"}
-CRITERION_COLOURS = {"redundancy": "#cc79a7", "taylor": "#e69f00", "magnitude": "#56b4e9", "random": GREY}
+CRITERION_COLOURS = {
+    "redundancy": "#cc79a7",
+    "taylor": "#e69f00",
+    "taylor_iterative": "#d55e00",
+    "magnitude": "#56b4e9",
+    "random": GREY,
+    "loss": "#009e73",
+}
+# Tol's muted scheme.
+SIMILARITY_COLOURS = (
+    *("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee"),
+    *("#882255", "#44aa99", "#999933", "#aa4499", "#6f6f6f"),
+)
 GROUP_COLOURS = dict(zip(WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=True))
 NULL_COLOURS = {"shuffled": ("shuffled tokens", "#cc79a7"), "untrained": ("untrained model", GREY)}
-MARKERS = "os^D"
+MARKERS = "os^Dv*"
 REPAIR_LINES = {"none": "-", "refit": "-", "stepwise refit": "-.", "merge": ":", "merge and stepwise refit": "--"}
-PREDICTORS = {"similarity": "Highest similarity to a head of its layer", "taylor": "Taylor importance"}
+PREDICTORS = {
+    "similarity": "Highest cosine of patterns",
+    "ov": "Highest cosine of W_OV",
+    "taylor": "Taylor importance",
+}
 WIDTH = 8.0  # inches; with DPI it is 1,200 pixels, half as much again as a README shows
 DPI = 150
 RUN = ["norm", "max_lr", "warmup_steps", "seed"]  # what tells the runs of the norm study apart
@@ -44,10 +62,15 @@ MAX_STEPS = 6  # as many lines in a panel as the eye tells apart
 RISES = (-50, -20, -10, 0, 5, 10, 20, 50, 100, 200, 500, 1_000, 10_000, 100_000)
 
 
-def write_figures(results: Results, folder: Path) -> dict[str, Path]:
-    """Draw all figures into `folder`; their paths by name. Raises UserError if a file, key or column is missing."""
+def write_figures(
+    results: Results, folder: Path, drawings: Mapping[str, Callable[[Results], Figure]]
+) -> dict[str, Path]:
+    """Draw FIGURES or TIMED_FIGURES into `folder`; their paths by name.
+
+    Raises UserError if a file, key or column is missing.
+    """
     paths = {}
-    for name, draw in FIGURES.items():
+    for name, draw in drawings.items():
         paths[name] = folder / f"{name}.png"
         with atomic_path(paths[name]) as temporary:
             # The name of the software would bind the bytes to its version.
@@ -280,9 +303,9 @@ def draw_prune(results: Results) -> Figure:
     for axes, columns in zip(panels, (CRITERIA, REPAIRED), strict=True):
         for column in columns:
             criterion, repair = name_pruning(column)
-            marker, line = MARKERS[CRITERIA.index(criterion)], REPAIR_LINES[repair]
+            marker, line = MARKERS[list(CRITERIA).index(criterion)], REPAIR_LINES[repair]
             # The legend tells criteria by the left panel, and repairs by their lines.
-            label = criterion if repair == "none" else None
+            label = CRITERIA[criterion] if repair == "none" else None
             axes.plot(
                 removed, rise[column], marker + line, color=CRITERION_COLOURS[criterion], markersize=4, label=label
             )
@@ -303,23 +326,77 @@ def draw_prune(results: Results) -> Figure:
     panels[0].set_title("without repair", size=9, color=INK)
     panels[1].set_title("with repair", size=9, color=INK)
     panels[0].set_ylabel("Rise of perplexity (%)")
-    _legend(figure, panels)
+    _legend(figure, panels, columns=5)
     return figure
 
 
 def draw_prunability(results: Results) -> Figure:
-    """Rise of the loss without each head alone, against its similarity and its Taylor importance."""
-    table = results.table("prune/heads.csv", ["layer", "similarity", "taylor", "loss_rise"])
-    figure, panels = _panels(2, 3.4)
+    """Rise of the loss without each head alone, against its similarity in two ways and its Taylor importance."""
+    table = results.table("prune/heads.csv", ["layer", *PREDICTORS, "loss_rise"])
+    figure, panels = _panels(3, 3.4)
     for axes, (name, label) in zip(panels, PREDICTORS.items(), strict=True):
         points = axes.scatter(table[name], table["loss_rise"], c=table["layer"], cmap="viridis", s=18)
         _level(axes, 0, "")
         value, low, high = (results.value(f"prune.{name}_rank_correlation{end}") for end in ("", "_low", "_high"))
-        axes.set_title(f"rank correlation {value:+.2f} ({low:+.2f} to {high:+.2f})", size=9, color=INK)
+        axes.set_title(f"rank correlation {value:+.2f}\n[{low:+.2f}, {high:+.2f}]", size=9, color=INK)
         axes.set_xlabel(label)
     panels[0].set_ylabel("Rise of loss without the head (nats)")
     bar = figure.colorbar(points, ax=panels, label="Layer", ticks=sorted(set(table["layer"])))
     bar.ax.tick_params(labelsize=8)
+    return figure
+
+
+def draw_similarities(results: Results) -> Figure:
+    """Rise of perplexity where redundancy goes by other similarities: at 15 % beside random sets, and at all counts."""
+    columns = ["order", "heads_removed", "rise_percent", "low", "high"]
+    table = results.table("prune/similarities.csv", columns)
+    frontier = results.table("prune/frontier.csv", ["heads_removed", "random", "random_low", "random_high"])
+    claimed, heads = results.value("prune.heads_removed_at_15"), results.value("heads.heads")
+    figure, (ranking, curves) = _panels(2, 4.4)
+    at_15 = table[table["heads_removed"] == claimed].set_index("order").loc[list(SIMILARITIES)]
+    colours = dict(zip(SIMILARITIES, SIMILARITY_COLOURS, strict=True))
+    ordered = at_15.sort_values("rise_percent", ascending=False)
+    for place, (order, row) in enumerate(ordered.iterrows()):
+        ranking.plot([row["low"], row["high"]], [place, place], color=colours[order], linewidth=1.5)
+        ranking.plot(row["rise_percent"], place, "o", color=colours[order], markersize=5)
+    ranking.set_yticks(range(len(ordered)), [SIMILARITIES[order] for order in ordered.index])
+    mean, low, high = (
+        results.value(f"prune.random_sets_{end}perplexity_rise_percent_at_15") for end in ("", "low_", "high_")
+    )
+    ranking.axvspan(low, high, color=GREY, alpha=0.2, linewidth=0, label="random, mean and range")
+    ranking.axvline(mean, color=GREY, linestyle="--", linewidth=1)
+    ranking.axvline(MAX_RISE_PERCENT, color=INK, linestyle="--", linewidth=0.8, label=f"{MAX_RISE_PERCENT} %")
+    ranking.set_xlabel("Rise of perplexity without 15 % of the heads (%)")
+    ranking.grid(False)
+    for order in SIMILARITIES:
+        rows = table[table["order"] == order]
+        curves.plot(100 * rows["heads_removed"] / heads, rows["rise_percent"], "-", color=colours[order], linewidth=1.2)
+    rises = 100 * (frontier[["random_low", "random_high"]].div(frontier["random"].iloc[0]) - 1)
+    removed = 100 * frontier["heads_removed"] / heads
+    curves.fill_between(removed, rises["random_low"], rises["random_high"], color=GREY, alpha=0.2, linewidth=0)
+    curves.axhline(MAX_RISE_PERCENT, color=INK, linestyle="--", linewidth=0.8)
+    curves.set(xlabel="Heads removed (%)", ylabel="Rise of perplexity (%)")
+    _legend(figure, [ranking])
+    return figure
+
+
+def draw_prune_speed(results: Results) -> Figure:
+    """Perplexity of pruned models against the rates measured of them: reading and writing, one sequence and a batch."""
+    columns = {"redundancy": "by redundancy", "redundancy_merge_refit": "with merge and stepwise refit"}
+    table, speed = results.table("prune/frontier.csv", ["heads_removed", *columns]), results.speed("prune")
+    figure, panels = _panels(2, 5.2, rows=2)
+    for axes, (rate, label) in zip(panels, PRUNED_RATES.items(), strict=True):
+        rates = [speed[f"heads_removed_{count}_{rate}"] for count in table["heads_removed"]]
+        for (column, name), line in zip(columns.items(), ("o-", "s--"), strict=True):
+            axes.plot(rates, table[column], line, color=CRITERION_COLOURS["redundancy"], markersize=4, label=name)
+        for count, x, y in zip(table["heads_removed"], rates, table["redundancy"], strict=True):
+            axes.annotate(count, (x, y), xytext=(3, 3), textcoords="offset points", fontsize=7, color=INK)
+        saved = (speed[f"pruned_{rate}"], results.value("prune.pruned_perplexity"))
+        axes.plot(*saved, "*", color=CRITERION_COLOURS["loss"], markersize=10, label="saved model")
+        axes.set(xlabel=label, ylabel="Perplexity")
+        axes.xaxis.set_major_locator(MaxNLocator(5))
+        axes.xaxis.set_major_formatter(StrMethodFormatter("{x:,.0f}"))
+    _legend(figure, panels[:1])
     return figure
 
 
@@ -334,7 +411,10 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
     "head_nulls": draw_head_nulls,
     "prunability": draw_prunability,
     "prune": draw_prune,
+    "similarities": draw_similarities,
 }
+# Of measured times, which no second run gives again.
+TIMED_FIGURES: dict[str, Callable[[Results], Figure]] = {"prune_speed": draw_prune_speed}
 
 
 def _panels(count: int, height: float, rows: int = 1) -> tuple[Figure, list[Axes]]:

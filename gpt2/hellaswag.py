@@ -7,10 +7,7 @@ of: `--compare HEAD workspace`.
 """
 
 import argparse
-import math
-from fractions import Fraction
 from pathlib import Path
-from typing import NamedTuple
 
 import dvc.api
 import pandas as pd
@@ -19,37 +16,10 @@ from dvc.scm import SCMError
 
 from gpt2.files import UserError
 from gpt2.items import PROTOCOLS
+from gpt2.mcnemar import Comparison, count_items
 
 SCORES = Path("data/hellaswag_scores.csv")
 ACCURACIES = tuple(f"{protocol}_{kind}" for protocol in PROTOCOLS for kind in ("acc", "acc_norm"))
-# Of a normal distribution, both sides together 5 %.
-Z_95 = 1.96
-
-
-class Comparison(NamedTuple):
-    """Two models on the same items by one accuracy."""
-
-    both: int
-    only_a: int
-    only_b: int
-    neither: int
-
-    @property
-    def items(self) -> int:
-        return sum(self)
-
-    @property
-    def difference(self) -> tuple[float, float]:
-        """Accuracy of B less that of A, and half its 95 % interval (Agresti 2002, section 10.1.1)."""
-        n, p_a, p_b = self.items, self.only_a / self.items, self.only_b / self.items
-        return p_b - p_a, Z_95 * math.sqrt((p_a + p_b - (p_b - p_a) ** 2) / n)
-
-    @property
-    def p_value(self) -> float:
-        """Two-sided exact p of McNemar's test: a fair coin for each item that only one of them has right."""
-        n = self.only_a + self.only_b
-        tail = sum(math.comb(n, k) for k in range(min(self.only_a, self.only_b) + 1))
-        return float(min(1, Fraction(2 * tail, 2**n)))
 
 
 def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Comparison]:
@@ -59,8 +29,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Comparison]:
     comparisons = {}
     for name in ACCURACIES:
         right_a, right_b = a[name] == a["label"], b[name] == b["label"]
-        cells = (right_a & right_b, right_a & ~right_b, ~right_a & right_b, ~right_a & ~right_b)
-        comparisons[name] = Comparison(*(int(cell.sum()) for cell in cells))
+        comparisons[name] = count_items(right_a, right_b)
     return comparisons
 
 

@@ -20,9 +20,16 @@ REFERENCE_GPU_HOURS = 2 * 46
 # Of OpenAI's weights on the validation shard of FineWeb-Edu (build-nanogpt).
 REFERENCE_VAL_LOSS = 3.2924
 MAX_RISE_PERCENT = 5
-# What chooses the heads to remove, and by what the others then make up for them, as columns of prune/frontier.csv name
-# them. Plain redundancy is the reference's way.
-CRITERIA = ("redundancy", "taylor", "magnitude", "random")
+# What chooses the heads to remove, in words, and by what the others then make up for them, as columns of
+# prune/frontier.csv name them. Plain redundancy is the reference's way.
+CRITERIA = {
+    "redundancy": "redundancy",
+    "taylor": "Taylor",
+    "taylor_iterative": "iterative Taylor",
+    "magnitude": "magnitude",
+    "random": "random",
+    "loss": "greedy loss",
+}
 REPAIRS = {
     "refit": "refit",
     "stepwise": "stepwise refit",
@@ -30,11 +37,44 @@ REPAIRS = {
     "merge_refit": "merge and stepwise refit",
 }
 REPAIRED = (
-    *(f"{criterion}_refit" for criterion in CRITERIA),
+    *(f"{criterion}_refit" for criterion in CRITERIA if criterion != "taylor_iterative"),
     *("redundancy_stepwise", "taylor_stepwise", "redundancy_merge", "redundancy_merge_refit"),
 )
 # Random choices stand for comparison.
+CHOSEN = tuple(name for name in CRITERIA if name != "random")
 CHOSEN_REPAIRED = tuple(name for name in REPAIRED if not name.startswith("random"))
+# What redundancy may go by, and how: orders of prune/similarities.csv.
+SIMILARITIES = {
+    "redundancy": "attention patterns",
+    "pattern_nosink": "patterns without the first key",
+    "output": "outputs",
+    "written": "what is written",
+    "qk": "circuit W_QK",
+    "ov": "circuit W_OV",
+    "pattern_in_layer": "patterns, scaled within the layer",
+    "circuits": "both circuits",
+    "written_taylor": "what is written, lower Taylor goes",
+    "written_distinct": "what is written, times its size",
+}
+# What may tell how much a head costs: of which metrics of prune a rank correlation is.
+PREDICTORS = {
+    "similarity": "attention patterns",
+    "nosink": "patterns without the first key",
+    "output": "outputs",
+    "written": "what is written",
+    "qk": "circuit W_QK",
+    "ov": "circuit W_OV",
+    "taylor": "Taylor importance",
+}
+# Rates of a pruned model in speed/prune.json.
+PRUNED_RATES = {
+    "prefill_tokens_per_s": "Read one (tokens/s)",
+    "prefill_batch_tokens_per_s": "Read a batch (tokens/s)",
+    "decode_tokens_per_s": "Write one (tokens/s)",
+    "decode_batch_tokens_per_s": "Write a batch (tokens/s)",
+}
+# Below this chance, shared among all that are tried, a choice counts as better than random ones.
+SIGNIFICANCE = 0.05
 # Goal of this project: so many times the heads that plain redundancy can remove, with a repair.
 REPAIR_GAIN = 2
 # One of four endings is right.
@@ -237,9 +277,9 @@ def measure_middle(results: Results) -> Finding:
 
 
 def name_pruning(column: str) -> tuple[str, str]:
-    """Criterion and repair, in words, of a column of prune/frontier.csv."""
-    criterion, _, repair = column.partition("_")
-    return criterion, REPAIRS.get(repair, "none")
+    """Criterion and, in words, repair of a column of prune/frontier.csv."""
+    criterion = max((name for name in CRITERIA if f"{column}_".startswith(f"{name}_")), key=len)
+    return criterion, REPAIRS.get(column.removeprefix(criterion).removeprefix("_"), "none")
 
 
 def pruning_key(column: str, figure: str) -> str:
@@ -257,15 +297,52 @@ def most_below_5(results: Results, column: str) -> float:
     return results.value(pruning_key(column, "max_pruned_percent_below_5"))
 
 
+def tell_rise(results: Results, column: str) -> str:
+    """The rise at 15 % with its 95 % interval, in words."""
+    key = pruning_key(column, "perplexity_rise_percent_at_15")
+    low, high = (results.value(f"{key}_{end}") for end in ("low", "high"))
+    return f"{rise_at_15(results, column):+.2f} % [{low:+.2f}, {high:+.2f}]"
+
+
 def measure_pruning(results: Results, column: str) -> Finding:
-    rise = rise_at_15(results, column)
     removed, heads = results.value("prune.heads_removed_at_15"), results.value("heads.heads")
-    return rise < MAX_RISE_PERCENT, f"{rise:+.2f} % for {number(removed)} of {number(heads)} heads"
+    measured = f"{tell_rise(results, column)} for {number(removed)} of {number(heads)} heads"
+    return rise_at_15(results, column) < MAX_RISE_PERCENT, measured
 
 
 def measure_choice(results: Results) -> Finding:
     chosen, random = rise_at_15(results, "redundancy"), rise_at_15(results, "random")
-    return chosen < random, f"{chosen:+.2f} % against {random:+.2f} % at random"
+    measured = f"{tell_rise(results, 'redundancy')} against {random:+.2f} % at random"
+    return chosen < random, f"{measured}; {tell_chance(results, 'redundancy')}"
+
+
+def cheaper_sets(results: Results, column: str) -> int:
+    """How many random sets of 15 % of the heads cost less than those that a column without repair chooses."""
+    return results.value(pruning_key(column, "cheaper_random_sets_at_15"))
+
+
+def tell_chance(results: Results, column: str) -> str:
+    sets = number(results.value("prune.random_sets"))
+    return f"{number(cheaper_sets(results, column))} of {sets} random sets cost less"
+
+
+def similarity_column(order: str) -> str:
+    """What stands in metrics for an order of prune/similarities.csv."""
+    return order if order == "redundancy" else f"similarity_{order}"
+
+
+def measure_similarity_choice(results: Results) -> Finding:
+    sets = results.value("prune.random_sets")
+    cheaper = {order: cheaper_sets(results, similarity_column(order)) for order in SIMILARITIES}
+    best = min(cheaper, key=lambda order: (cheaper[order], rise_at_15(results, similarity_column(order))))
+    needed, chance = SIGNIFICANCE / len(SIMILARITIES), (1 + cheaper[best]) / (1 + sets)
+    measured = (
+        f"by {SIMILARITIES[best]}, the best of {len(SIMILARITIES)}, {tell_rise(results, similarity_column(best))}; "
+        f"{tell_chance(results, similarity_column(best))}"
+    )
+    if cheaper[best] == 0 and chance > needed:
+        return None, f"{measured}, too few sets to tell"
+    return chance <= needed, measured
 
 
 def measure_repair(results: Results) -> Finding:
@@ -273,7 +350,7 @@ def measure_repair(results: Results) -> Finding:
     most = {column: most_below_5(results, column) for column in CHOSEN_REPAIRED}
     best = max(most, key=most.get)
     criterion, repair = name_pruning(best)
-    measured = f"{number(most[best])} % by {criterion} with {repair} against {number(plain)} %"
+    measured = f"{number(most[best])} % by {CRITERIA[criterion]} with {repair} against {number(plain)} %"
     return most[best] > 0 and most[best] >= REPAIR_GAIN * plain, measured
 
 

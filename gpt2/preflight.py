@@ -284,6 +284,7 @@ def check_text(plan: Plan, volume: Volume, steps: int) -> Finding:
         ("val", "norm_study.eval_tokens", plan.norm_study.eval_tokens),
         ("val", "heads.n_tokens", plan.heads.n_tokens),
         ("val", "prune.scoring_tokens", plan.prune.scoring_tokens),
+        ("val", "prune.greedy_tokens", plan.prune.greedy_tokens),
         ("test", "prune.eval_tokens", plan.prune.eval_tokens),
     ]
     has = {split: volume.tokens * share / 100 for split, share in percent.items()}

@@ -1,22 +1,29 @@
 """Does similarity tell which heads can go? That and the importance of each head beside what removing it alone costs."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import NamedTuple
 
 import numpy as np
 import pandas as pd
 from torch import Tensor
 
-from gpt2.evaluate import mean_loss
-from gpt2.heads import list_heads
-from gpt2.model import GPT
-from gpt2.prune import remove_heads
+from gpt2.frontier import Evaluator
+from gpt2.heads import Head
 
 DIGITS = 6
 # Of the heads, for the interval of a correlation.
 RESAMPLES, SEED = 2000, 0
-# What may predict the rise of the loss.
-PREDICTORS = ("similarity", "taylor")
+# What may predict the rise of the loss: the highest cosine to another head of the layer, by the name of its matrix in
+# data/heads.npz, and the importance.
+MATRICES = {
+    "similarity": "pattern",
+    "nosink": "pattern_nosink",
+    "output": "output",
+    "written": "written",
+    "qk": "qk",
+    "ov": "ov",
+}
+PREDICTORS = (*MATRICES, "taylor")
 
 
 class HeadCost(NamedTuple):
@@ -24,8 +31,14 @@ class HeadCost(NamedTuple):
 
     layer: int
     head: int
-    # Highest cosine of its attention pattern with that of another head of the layer.
+    # Highest cosine with another head of the layer: of the attention patterns, with and without the first key, of what
+    # the heads put out and of what they write, of the circuits W_QK and W_OV.
     similarity: float
+    nosink: float
+    output: float
+    written: float
+    qk: float
+    ov: float
     # Score of criteria.score_taylor.
     taylor: float
     # Nats per token.
@@ -33,20 +46,19 @@ class HeadCost(NamedTuple):
 
 
 def cost_each_head(
-    model: GPT, similarity: np.ndarray, taylor: Sequence[Tensor], windows: Tensor, batch_size: int
+    evaluator: Evaluator, heads: Sequence[Head], similarities: Mapping[str, np.ndarray], taylor: Sequence[Tensor]
 ) -> list[HeadCost]:
-    """Remove every head alone and measure the mean loss on windows (N, T + 1).
+    """Remove every head alone and measure the mean loss.
 
-    similarity (M, M) are the cosines of the patterns, taylor the scores (H,) of each layer.
+    similarities (M, M) each are what load_similarities returns, taylor the scores (H,) of each layer.
     """
-    heads, whole = list_heads(model.config), mean_loss(model, windows, batch_size)
-    costs = []
+    whole, costs = evaluator.losses([]).mean(), []
     for i, head in enumerate(heads):
-        others = [similarity[i, j] for j, other in enumerate(heads) if other.layer == head.layer and i != j]
+        others = [j for j, other in enumerate(heads) if other.layer == head.layer and j != i]
         numbers = (
-            max(others, default=0.0),
+            *(max((similarities[name][i, j] for j in others), default=0.0) for name in MATRICES.values()),
             taylor[head.layer][head.index].item(),
-            mean_loss(remove_heads(model, [head]), windows, batch_size) - whole,
+            evaluator.losses([head]).mean() - whole,
         )
         costs.append(HeadCost(*head, *(round(float(number), DIGITS) for number in numbers)))
     return costs
@@ -55,23 +67,43 @@ def cost_each_head(
 def correlate(costs: Sequence[HeadCost]) -> dict[str, float]:
     """Spearman's rank correlation of each of PREDICTORS with the rise of the loss, and its 95 % interval.
 
-    The interval is the percentile bootstrap over heads (Efron & Tibshirani 1993, chapter 13), with RESAMPLES draws.
+    <predictor>_rank_correlation is that of all heads. Layers differ in both, and a predictor may tell no more than the
+    layer; so in _rank_correlation_in_layer the mean of the layer is taken from the ranks. The interval is the
+    percentile bootstrap over heads (Efron & Tibshirani 1993, chapter 13), with RESAMPLES draws.
     """
     table = pd.DataFrame(costs)
     drawn = np.random.default_rng(SEED).integers(0, len(table), (RESAMPLES, len(table)))
+    # First all heads as they are.
+    rows = np.vstack([np.arange(len(table)), drawn])
+    layers, rise = table["layer"].to_numpy()[rows], _rank(table["loss_rise"].to_numpy()[rows])
     figures = {}
     for name in PREDICTORS:
-        predictor, rise = table[name].to_numpy(), table["loss_rise"].to_numpy()
-        low, high = np.percentile(_rank_correlations(predictor[drawn], rise[drawn]), (2.5, 97.5))
-        (whole,) = _rank_correlations(predictor[None], rise[None])
-        for end, value in (("", whole), ("_low", low), ("_high", high)):
-            figures[f"{name}_rank_correlation{end}"] = round(float(value), DIGITS)
+        predictor = _rank(table[name].to_numpy()[rows])
+        for place, groups in (("", np.zeros_like(layers)), ("_in_layer", layers)):
+            whole, *draws = _correlate(_centre(predictor, groups), _centre(rise, groups))
+            low, high = np.percentile(draws, (2.5, 97.5))
+            for end, value in (("", whole), ("_low", low), ("_high", high)):
+                figures[f"{name}_rank_correlation{place}{end}"] = round(float(value), DIGITS)
     return figures
 
 
-def _rank_correlations(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Spearman's correlation of each row of x (R, M) with that of y (R, M); 0 where one does not vary."""
-    x, y = (pd.DataFrame(values).rank(axis=1).to_numpy() for values in (x, y))
-    x, y = (ranks - ranks.mean(axis=1, keepdims=True) for ranks in (x, y))
+def _rank(values: np.ndarray) -> np.ndarray:
+    """Rank in its row of each value (R, M), equal ones sharing the mean."""
+    return pd.DataFrame(values).rank(axis=1).to_numpy()
+
+
+def _centre(ranks: np.ndarray, groups: np.ndarray) -> np.ndarray:
+    """Ranks (R, M) less the mean of their group (R, M) in the row."""
+    centred = ranks.copy()
+    for group in np.unique(groups):
+        members = groups == group
+        means = (ranks * members).sum(1) / np.maximum(1, members.sum(1))
+        centred -= means[:, None] * members
+    return centred
+
+
+def _correlate(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """Correlation of each row of x (R, M) with that of y (R, M), both centred; 0 where one does not vary."""
     lengths = np.sqrt((x * x).sum(1) * (y * y).sum(1))
-    return np.divide((x * y).sum(1), lengths, out=np.zeros(len(x)), where=lengths > 0)
+    # Rounding leaves some of what is taken from ranks that do not vary.
+    return np.divide((x * y).sum(1), lengths, out=np.zeros(len(x)), where=lengths > 1e-6)

@@ -5,7 +5,7 @@ from collections.abc import Collection, Sequence
 from typing import Annotated
 
 import torch
-from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
 
 from gpt2.files import UserError
 from gpt2.heads import Head, list_heads
@@ -23,10 +23,14 @@ class PruneConfig(Config):
     shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)]
     # One random order each.
     random_seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    # Training tokens for the repairs, validation tokens for the Taylor criterion and test tokens for perplexity, each
-    # rounded down to whole sequences.
+    # Random sets of CLAIMED_SHARE of the heads, to tell how many of them cost less than a choice.
+    random_sets: PositiveInt
+    # Training tokens for the repairs, validation tokens for Taylor's criterion and, fewer, for the greedy search by
+    # loss, which passes them through the model for each head and step, test tokens for perplexity; each rounded down to
+    # whole sequences.
     calibration_tokens: PositiveInt
     scoring_tokens: PositiveInt
+    greedy_tokens: PositiveInt
     eval_tokens: PositiveInt
     # How strongly a refit holds on to the weights, relative to the mean square of the channels it acts on;
     # with less than this bound, rounding may leave the equations without a solution.
@@ -35,6 +39,11 @@ class PruneConfig(Config):
     batch_size: PositiveInt
     # The saved model has the most heads removed for a rise of perplexity below this.
     limit_percent: Annotated[float, Field(gt=0)]
+    # Training steps of the model that is saved, of batch_size sequences each, and their highest learning rate.
+    recovery_steps: NonNegativeInt
+    recovery_max_lr: PositiveFloat
+    # Of the order of the training data.
+    recovery_seed: NonNegativeInt
 
     @model_validator(mode="after")
     def _distinct(self) -> "PruneConfig":
@@ -66,7 +75,12 @@ def count_removals(model: GPT, shares: Sequence[float]) -> list[int]:
                 f"prune.shares contains {share}, which is {round(share * n_heads)} of {n_heads} heads; "
                 f"choose values from {1 / n_heads:.3f} to {1 - 1 / n_heads:.3f}"
             )
-    return sorted({0, *(round(share * n_heads) for share in (CLAIMED_SHARE, *shares))})
+    return sorted({0, claimed_count(n_heads), *(round(share * n_heads) for share in shares)})
+
+
+def claimed_count(n_heads: int) -> int:
+    """Heads that are CLAIMED_SHARE of all."""
+    return round(CLAIMED_SHARE * n_heads)
 
 
 def remove_heads(model: GPT, removed: Collection[Head]) -> GPT:

@@ -22,6 +22,8 @@ TIMED_STAGES = (
     *("prepare", "benchmark", "tokenize", "tokenizer_study", "norm_study"),
     *("train", "hellaswag", "generate", "head_similarity", "prune"),
 )
+# Figures of models by themselves, which have a table of their own.
+PRUNED_MODELS = ("heads_removed_", "pruned_")
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "pyarrow")
 
 
@@ -41,7 +43,7 @@ def write_report(results: Results, figures: Mapping[str, str]) -> str:
     sections |= {
         "Generated text": studies.describe_samples(results),
         "How it was made": _describe_making(results),
-        "Measured times": _list_times(results),
+        "Measured times": _list_times(results, figures),
     }
     body = "\n\n".join(f"## {title}\n\n{text}" for title, text in sections.items())
     return f"{_summarise(results, rows)}\n\n{body}\n"
@@ -108,13 +110,14 @@ def _describe_making(results: Results) -> str:
     )
 
 
-def _list_times(results: Results) -> str:
+def _list_times(results: Results, figures: Mapping[str, str]) -> str:
     """Seconds, memory and rates of each stage, and the claim on time."""
     rows, total = [], 0.0
     for stage in TIMED_STAGES:
         speed = results.speed(stage)
         total += speed["seconds"]
-        others = [f"{key} {number(value)}" for key, value in speed.items() if key not in ("seconds", "peak_memory_gib")]
+        shown = [key for key in speed if not key.startswith(("seconds", "peak_memory_gib", *PRUNED_MODELS))]
+        others = [f"{key} {number(speed[key])}" for key in shown]
         rows.append(
             (stage.replace("_", "-"), number(speed["seconds"]), number(speed["peak_memory_gib"]), ", ".join(others))
         )
@@ -124,4 +127,6 @@ def _list_times(results: Results) -> str:
         + table(("Stage", "Seconds", "Peak memory (GiB)", "Other figures"), rows, "lrrl")
         + "\n\n"
         + _list_claims([judge(TIMED_CLAIM, results)])
+        + "\n\n"
+        + studies.describe_pruned_speed(results, figures)
     )

@@ -10,8 +10,12 @@ from gpt2.markup import literal, number, table
 from gpt2.measures import (
     CRITERIA,
     EMBEDDINGS,
+    PREDICTORS,
+    PRUNED_RATES,
     REPAIRED,
+    SIMILARITIES,
     WORD_GROUPS,
+    cheaper_sets,
     measure_pruning,
     most_below_5,
     name_pruning,
@@ -19,6 +23,8 @@ from gpt2.measures import (
     read_norm_settings,
     read_vocabularies,
     rise_at_15,
+    similarity_column,
+    tell_rise,
 )
 from gpt2.results import Results
 
@@ -290,14 +296,16 @@ def _weigh_claim(results: Results) -> str:
 
 
 def describe_pruning(results: Results, figures: Mapping[str, str]) -> str:
-    """Cost in perplexity of removing heads, by criterion and repair, and what removing them saves."""
+    """Cost in perplexity of removing heads by criterion, repair and similarity, and what it saves."""
     sizes = ["params", "flops_per_token", "kv_cache_bytes_per_token"]
     frontier = results.table("prune/frontier.csv", ["heads_removed", *sizes]).set_index("heads_removed")
     removed = results.value("prune.heads_removed_at_15")
     saved = [f"{100 * (1 - frontier[size].loc[removed] / frontier[size].iloc[0]):.1f} %" for size in sizes]
     lead = (
         f"Removing {number(removed)} of {number(results.value('heads.heads'))} heads takes {saved[0]} of the "
-        f"parameters, {saved[1]} of the operations per token and {saved[2]} of the key-value cache."
+        f"parameters, {saved[1]} of the operations per token and {saved[2]} of the key-value cache. In brackets is the "
+        "95 % interval over windows of text, for random choices also over the choices. The greedy choice by loss tries "
+        "every head at every step and is the expensive bound; iterative Taylor scores are taken again at each share."
     )
     repairs = (
         f"The repairs take no training, but {number(results.value('prune.calibration_tokens'))} tokens of the training "
@@ -305,35 +313,142 @@ def describe_pruning(results: Results, figures: Mapping[str, str]) -> str:
         "stepwise, each layer also makes good what the layers before it lost. "
         "Merge: the value and output circuit of a removed head is folded into the head of the most similar pattern."
     )
-    rows = [
-        (
-            *name_pruning(column),
-            f"{rise_at_15(results, column):+.2f} %",
-            "passed" if measure_pruning(results, column)[0] else "failed",
-            f"{number(most_below_5(results, column))} %",
-        )
-        for column in sorted((*CRITERIA, *REPAIRED), key=lambda column: CRITERIA.index(name_pruning(column)[0]))
-    ]
+    order = list(CRITERIA)
+    rows = []
+    for column in sorted((*CRITERIA, *REPAIRED), key=lambda column: order.index(name_pruning(column)[0])):
+        criterion, repair = name_pruning(column)
+        verdict = "passed" if measure_pruning(results, column)[0] else "failed"
+        most = f"{number(most_below_5(results, column))} %"
+        rows.append((CRITERIA[criterion], repair, tell_rise(results, column), verdict, most))
     header = ("Heads chosen by", "Repair", "Perplexity without 15 %", "Under 5 %", "Most heads for under 5 %")
     picture = f"![Rise of perplexity against heads removed, without and with repair]({figures['prune']})"
     single = f"![Rise of loss without each head against similarity and importance]({figures['prunability']})"
-    return "\n\n".join((_tell_prunability(results), single, lead, picture, repairs, table(header, rows, "llrlr")))
+    return "\n\n".join(
+        (
+            *(_tell_prunability(results), single, lead, picture, repairs, table(header, rows, "llrlr")),
+            *(_tell_similarities(results), f"![Rise of perplexity by similarity]({figures['similarities']})"),
+            *(_tabulate_similarities(results), _tell_scores(results)),
+        )
+    )
+
+
+def _tell_similarities(results: Results) -> str:
+    """What was tried in place of redundancy, and which of it chooses no better than chance."""
+    mean, low, high = (
+        results.value(f"prune.random_sets_{end}perplexity_rise_percent_at_15") for end in ("", "low_", "high_")
+    )
+    worse = [name for order, name in SIMILARITIES.items() if rise_at_15(results, similarity_column(order)) >= mean]
+    ahead = [name for order, name in SIMILARITIES.items() if not cheaper_sets(results, similarity_column(order))]
+    return (
+        f"Which similarity tells what can go, without repair? {number(results.value('prune.random_sets'))} random sets "
+        f"of 15 % of the heads cost {mean:+.2f} % on average, {low:+.2f} to {high:+.2f} %. The rule of redundancy was "
+        f"given other cosines than those of the patterns. Worse than the mean of random: {_list(worse)}. Better than "
+        f"every random set: {_list(ahead)}. Of {len(SIMILARITIES)} orders that choose blindly one would come out ahead "
+        f"of all sets with a chance of up to {_chance_of_one(results):.0f} %."
+    )
+
+
+def _chance_of_one(results: Results) -> float:
+    """In percent, at most, that one of the orders beats all random sets if none is better than they are."""
+    return min(100.0, 100 * len(SIMILARITIES) / (1 + results.value("prune.random_sets")))
+
+
+def _list(names: Sequence[str]) -> str:
+    return "; ".join(names) or "none"
+
+
+def _tabulate_similarities(results: Results) -> str:
+    """Each order at 15 %, the best first."""
+    columns = ["order", "heads_removed", "above_random_percent", "above_random_low", "above_random_high"]
+    orders = results.table("prune/similarities.csv", columns)
+    orders = orders[orders["heads_removed"] == results.value("prune.heads_removed_at_15")].set_index("order")
+    rows = []
+    for order in sorted(SIMILARITIES, key=lambda order: rise_at_15(results, similarity_column(order))):
+        above, low, high = orders.loc[order, columns[2:]]
+        cheaper = number(cheaper_sets(results, similarity_column(order)))
+        rise = tell_rise(results, similarity_column(order))
+        rows.append((SIMILARITIES[order], rise, f"{above:+.2f} [{low:+.2f}, {high:+.2f}]", cheaper))
+    header = ("Redundancy by", "Perplexity without 15 %", "Above random (points)", "Random sets that cost less")
+    return table(header, rows, "lrrr")
+
+
+def _tell_scores(results: Results) -> str:
+    """Benchmark accuracy of the whole model and of two pruned ones."""
+
+    def score(name: str) -> str:
+        accuracy, stderr = (results.value(f"prune.{name}_hellaswag_acc_norm{end}") for end in ("", "_stderr"))
+        return f"{100 * accuracy:.2f} ± {100 * stderr:.2f} %"
+
+    def against(name: str) -> str:
+        keys = ("difference", "difference_margin", "p")
+        difference, margin, p = (results.value(f"prune.{name}_hellaswag_acc_norm_{key}") for key in keys)
+        return f"{score(name)} ({100 * difference:+.2f} ± {100 * margin:.2f} points, p = {p:.2g})"
+
+    return (
+        f"On the benchmark (completion acc_norm) the whole model scores {score('whole')}, without 15 % of the heads by "
+        f"redundancy {against('redundancy_at_15')}, and the saved model without "
+        f"{number(results.value('prune.pruned_heads'))} heads {against('pruned')}: differences on the same items with "
+        f"their 95 % intervals, p by McNemar's exact test.{_tell_recovery(results)}"
+    )
+
+
+def _tell_recovery(results: Results) -> str:
+    """What training after the repair did, if there was any."""
+    steps = results.value("prune.recovery_steps")
+    if not steps:
+        return ""
+    before, after = (number(results.value(f"prune.pruned_perplexity{end}")) for end in ("_before_recovery", ""))
+    return f" {number(steps)} steps of training took the saved model from a perplexity of {before} to {after}."
+
+
+def describe_pruned_speed(results: Results, figures: Mapping[str, str]) -> str:
+    """Measured rates of models with fewer heads, beside their perplexity."""
+    speed = results.speed("prune")
+    sizes = results.table("prune/frontier.csv", ["heads_removed", "redundancy", "memory_bytes"])
+    models = [
+        (f"heads_removed_{row.heads_removed}", number(row.heads_removed), row.redundancy, row.memory_bytes)
+        for row in sizes.itertuples()
+    ]
+    saved = results.value("prune.pruned_heads")
+    (bytes_saved,) = sizes.loc[sizes["heads_removed"] == saved, "memory_bytes"]
+    models.append(("pruned", f"{number(saved)}, saved model", results.value("prune.pruned_perplexity"), bytes_saved))
+    # Only a GPU tells what a single model took.
+    rates = PRUNED_RATES | ({"peak_memory_gib": "Peak memory (GiB)"} if "pruned_peak_memory_gib" in speed else {})
+    rows = [
+        (name, number(perplexity), *(number(speed[f"{key}_{rate}"]) for rate in rates), number(size / 2**20))
+        for key, name, perplexity, size in models
+    ]
+    header = ("Heads removed", "Perplexity", *rates.values(), "Weights and cache (MiB)")
+    return "\n\n".join(
+        (
+            "Models without heads, by redundancy and as saved, read half of a context and write on, one sequence and a "
+            "batch. Weights and cache are counted: in fp32, with the keys and values of one sequence at full context.",
+            f"![Perplexity against measured tokens/s of pruned models]({figures['prune_speed']})",
+            table(header, rows, "l" + "r" * (len(header) - 1)),
+        )
+    )
 
 
 def _tell_prunability(results: Results) -> str:
     """Whether a head that is like another, or unimportant by Taylor's score, costs little when it goes alone."""
-    told, ends = {}, {}
-    for name in ("similarity", "taylor"):
-        value, *ends[name] = (results.value(f"prune.{name}_rank_correlation{end}") for end in ("", "_low", "_high"))
-        told[name] = "{:+.2f} ({:+.2f} to {:+.2f})".format(value, *ends[name])
-    low, high = ends["similarity"]
-    verdict = "the interval holds 0, so that similarity does not tell which heads cost little"
-    if low > 0 or high < 0:
-        verdict = f"heads that are like another cost {'less' if high < 0 else 'more'}"
+    rows, telling = [], {"": [], "_in_layer": []}
+    for key, name in PREDICTORS.items():
+        cells = []
+        for place in telling:
+            metrics = (f"prune.{key}_rank_correlation{place}{end}" for end in ("", "_low", "_high"))
+            value, low, high = map(results.value, metrics)
+            cells.append(f"{value:+.2f} [{low:+.2f}, {high:+.2f}]")
+            # A head that is like another should cost little, an important one much.
+            if low > 0 if key == "taylor" else high < 0:
+                telling[place].append(name)
+        rows.append((name, *cells))
     return (
-        "Each head was removed alone. The rank correlation of the rise of the loss with the head's highest similarity "
-        f"to another one of its layer is {told['similarity']}, 95 % interval over heads in brackets: {verdict}. With "
-        f"the Taylor importance it is {told['taylor']}."
+        "Each head was removed alone. The table has the rank correlation of the rise of the loss with the head's "
+        "highest similarity to another one of its layer, and with its Taylor importance; in brackets the 95 % interval "
+        "over heads. Layers differ in both, so that within layers, where the mean of each is taken from the ranks, the "
+        "sign may turn. The interval lies on the side that tells what can go, without 0, over all heads for: "
+        f"{_list(telling[''])}. Within layers for: {_list(telling['_in_layer'])}.\n\n"
+        + table(("Highest similarity by", "Rank correlation", "Within layers"), rows, "lrr")
     )
 
 

@@ -19,10 +19,11 @@ from gpt2.model import GPTConfig
 from gpt2.norm_study import NormStudyConfig
 from gpt2.params import load
 from gpt2.prepare import PrepareConfig
-from gpt2.prune import CLAIMED_SHARE, PruneConfig
+from gpt2.prune import PruneConfig, claimed_count
 from gpt2.schema import SECTIONS
 from gpt2.scoring import HellaswagConfig
 from gpt2.shape import ModelShape
+from gpt2.similar_orders import SIMILAR_ORDERS
 from gpt2.tokenize import PROCESS_BYTES, TokenizeConfig
 from gpt2.tokenizer_study import TokenizerStudyConfig
 from gpt2.train import TrainConfig
@@ -285,12 +286,19 @@ class Workload:
     def _prune(self) -> Need:
         config, model = self.plan.prune, self.plan.model
         n_heads = model.n_layer * model.n_head
-        counts = {round(share * n_heads) for share in (CLAIMED_SHARE, *config.shares)}
-        # Redundancy, Taylor and magnitude have one order each; the whole model is evaluated, and each head's removal.
-        orders = {"redundancy": 1, "taylor": 1, "magnitude": 1, "random": len(config.random_seeds)}
-        sets = 1 + n_heads + len(counts) * sum(orders[column.criterion] for column in COLUMNS)
-        flops = training_flops_per_token(model) * config.scoring_tokens
-        flops += sets * forward_flops(model, config.eval_tokens)
+        counts = {claimed_count(n_heads), *(round(share * n_heads) for share in config.shares)}
+        # One order each but for random; the whole model is evaluated, each head's removal and the random sets.
+        orders = sum(len(config.random_seeds) if column.criterion == "random" else 1 for column in COLUMNS)
+        sets = 1 + n_heads + config.random_sets + len(counts) * (orders + len(SIMILAR_ORDERS))
+        flops = sets * forward_flops(model, config.eval_tokens)
+        # Taylor scores of the whole model, and again at each count but the last.
+        flops += len(counts) * training_flops_per_token(model) * config.scoring_tokens
+        # order_by_loss tries every head that is left, in half of the blocks on average.
+        tries = max(counts) * (n_heads - max(counts) / 2)
+        flops += tries * forward_flops(model, config.greedy_tokens / 2, config.greedy_tokens)
+        flops += 3 * self._benchmark_flops()
+        recovered = config.recovery_steps * config.batch_size * model.block_size
+        flops += training_flops_per_token(model) * recovered
         # gather_moments passes the calibration tokens once, refit_stepwise three times for each of its sets; products
         # are taken of C channels there and of 2 C here.
         stepwise = len(counts) * len(STEPWISE)
@@ -298,6 +306,8 @@ class Workload:
         flops += (1 + 4 * stepwise) * 2 * model.n_layer * model.n_embd**2 * config.calibration_tokens
         sums = 8 * model.n_embd * (model.n_layer * model.n_embd + config.calibration_tokens)
         memory = self._training_memory(model, config.batch_size, "float32") + sums
+        # The models whose speed is compared.
+        memory += (len(counts) + 2) * self._model_bytes
         return self._model_need(self._model_bytes + SMALL_FILE, memory, flops)
 
     def _model_need(self, written: float, memory: float, flops: float, processes: int = 1, parallel: int = 1) -> Need:

@@ -1,18 +1,40 @@
-"""prune: which heads the trained model can lose, by four criteria and their repairs, and the model that is left."""
+"""prune: which heads the trained model can lose, by criteria and repairs side by side, and the model that is left."""
 
+from dataclasses import dataclass
 from pathlib import Path
 
+from torch import Tensor
+
+from gpt2.chance import compare_with_chance, measure_random_sets, tabulate_similarities
 from gpt2.criteria import rank_heads, score_taylor
+from gpt2.data import TrainOrder
 from gpt2.dist import setup_device
 from gpt2.evaluate import require_fit
 from gpt2.files import write_csv, write_json
-from gpt2.frontier import choose_removed, compare_speed, measure_frontier, summarise, tabulate
+from gpt2.frontier import (
+    COLUMNS,
+    Column,
+    Evaluator,
+    choose_removed,
+    measure_frontier,
+    summarise,
+    tabulate,
+    tabulate_intervals,
+)
 from gpt2.hardware import HardwareConfig
-from gpt2.heads import load_similarities
+from gpt2.heads import list_heads, load_similarities
+from gpt2.items import load_benchmark
+from gpt2.iterative import order_by_loss, order_by_taylor_again
+from gpt2.model import GPT
 from gpt2.prunability import HeadCost, correlate, cost_each_head
-from gpt2.prune import PruneConfig, count_removals
+from gpt2.prune import PruneConfig, claimed_count, count_removals, remove_heads
+from gpt2.pruned_scores import score_models
+from gpt2.pruned_speed import compare_speed
+from gpt2.recovery import recover, summarise_recovery
 from gpt2.repair import calibrate, remove_and_repair
+from gpt2.scoring import HellaswagConfig
 from gpt2.shards import TokenSet
+from gpt2.similar_orders import rank_by_similarity
 from gpt2.stage import Stage
 from gpt2.weights import load_model, save_model
 from gpt2.windows import spread_windows
@@ -21,44 +43,85 @@ MODEL = Path("models/gpt2")
 SIMILARITIES = Path("data/heads.npz")
 TOKENS = Path("data/tokens")
 PRUNED = Path("models/pruned")
-FRONTIER = Path("plots/prune/frontier.csv")
-HEADS = Path("plots/prune/heads.csv")
+CURVES = Path("plots/prune")
 METRICS = Path("metrics/prune.json")
+
+
+@dataclass(frozen=True)
+class Text:
+    """Windows (N, T + 1) of three splits, so that no criterion and no repair is judged on tokens it has seen."""
+
+    calibration: Tensor
+    scoring: Tensor
+    greedy: Tensor
+    eval: Tensor
+
+
+def read_text(model: GPT, config: PruneConfig) -> Text:
+    """Read the windows; the greedy search takes some more of the split that scores."""
+    train, val, test = (TokenSet(TOKENS, split) for split in ("train", "val", "test"))
+    require_fit(model, test)
+    return Text(
+        *(
+            spread_windows(tokens, model.config.block_size, count)
+            for tokens, count in (
+                (train, config.calibration_tokens),
+                (val, config.scoring_tokens),
+                (val, config.greedy_tokens),
+                (test, config.eval_tokens),
+            )
+        )
+    )
 
 
 def main() -> None:
     with Stage("prune") as stage:
         config = stage.load("prune", PruneConfig)
+        batch_tokens = stage.load("hellaswag", HellaswagConfig).batch_tokens
         model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
-        counts = count_removals(model, config.shares)
-        # Three splits, so that no criterion and no repair is judged on tokens it has seen.
-        calibration_set, scoring_set, eval_set = (TokenSet(TOKENS, split) for split in ("train", "val", "test"))
-        require_fit(model, eval_set)
-        seen, scoring, evaluation = (
-            spread_windows(tokens, model.config.block_size, count)
-            for tokens, count in (
-                (calibration_set, config.calibration_tokens),
-                (scoring_set, config.scoring_tokens),
-                (eval_set, config.eval_tokens),
-            )
-        )
+        counts, heads = count_removals(model, config.shares), list_heads(model.config)
+        text, similarities = read_text(model, config), load_similarities(SIMILARITIES, model.config)
+        calibration = calibrate(model, text.calibration, config.batch_size, config.ridge, similarities["pattern"])
+        evaluator = Evaluator(model, calibration, text.eval, config.batch_size)
+        taylor = score_taylor(model, text.scoring, config.batch_size)
 
-        similarity = load_similarities(SIMILARITIES, model.config)["pattern"]
-        taylor = score_taylor(model, scoring, config.batch_size)
-        costs = cost_each_head(model, similarity, taylor, evaluation, config.batch_size)
-        write_csv(HEADS, HeadCost._fields, costs)
-        orders = rank_heads(model, similarity, taylor, config.random_seeds)
-        calibration = calibrate(model, seen, config.batch_size, config.ridge, similarity)
-        frontier = measure_frontier(model, orders, counts, calibration, evaluation, config.batch_size)
+        costs = cost_each_head(evaluator, heads, similarities, taylor)
+        orders = rank_heads(model, similarities["pattern"], taylor, config.random_seeds) | {
+            "taylor_iterative": [order_by_taylor_again(model, taylor, text.scoring, counts, config.batch_size)],
+            "loss": [order_by_loss(model, text.greedy, counts[-1], config.batch_size)],
+        }
+        frontier = measure_frontier(evaluator, orders, counts)
         chosen, removed = choose_removed(frontier, orders, config.limit_percent)
-        pruned = remove_and_repair(model, removed, chosen.repair, calibration)
+        repaired = remove_and_repair(model, removed, chosen.repair, calibration)
+        order = TrainOrder(TokenSet(TOKENS, "train"), model.config.block_size, config.batch_size, config.recovery_seed)
+        steps = config.recovery_steps if removed else 0
+        pruned = recover(repaired, order, steps, config.recovery_max_lr)
         save_model(pruned, PRUNED)
-        write_csv(FRONTIER, *tabulate(model, frontier))
-        windows = {"calibration": seen, "scoring": scoring, "eval": evaluation}
-        tokens = {f"{use}_tokens": rows[:, 1:].numel() for use, rows in windows.items()}
-        write_json(METRICS, {**summarise(model, frontier, chosen, removed), **correlate(costs), **tokens})
-        speed = compare_speed({"full": model, "pruned": pruned}, evaluation[: config.batch_size])
-        stage.timed |= {f"{name}_tokens_per_s": figure for name, figure in speed.items()}
+
+        ranked = rank_by_similarity(model, similarities, taylor, calibration.moments)
+        columns = [Column(name, "none") for name in ranked]
+        similar = measure_frontier(evaluator, {name: [order] for name, order in ranked.items()}, counts, columns)
+        claimed = claimed_count(len(heads))
+        sets = measure_random_sets(evaluator, heads, claimed, config.random_sets)
+        plain = [column.name for column in COLUMNS if column.repair == "none" and column.criterion != "random"]
+        by_redundancy = {count: remove_heads(model, orders["redundancy"][0][:count]) for count in counts}
+        scored = {"whole": model, "redundancy_at_15": by_redundancy[claimed], "pruned": pruned}
+
+        write_csv(CURVES / "heads.csv", HeadCost._fields, costs)
+        write_csv(CURVES / "frontier.csv", *tabulate(model, frontier))
+        write_csv(CURVES / "intervals.csv", *tabulate_intervals(frontier))
+        write_csv(CURVES / "similarities.csv", *tabulate_similarities(frontier, similar))
+        figures = summarise(model, frontier, chosen, removed)
+        figures |= {
+            **{f"{use}_tokens": windows[:, 1:].numel() for use, windows in vars(text).items()},
+            **summarise_recovery(figures, pruned, steps, text.eval, config.batch_size),
+            **correlate(costs),
+            **compare_with_chance(frontier, similar, plain, claimed, sets),
+            **score_models(scored, load_benchmark(TOKENS / "hellaswag.npz"), batch_tokens),
+        }
+        write_json(METRICS, figures)
+        timed = {f"heads_removed_{count}": smaller for count, smaller in by_redundancy.items()} | {"pruned": pruned}
+        stage.timed |= compare_speed(timed, text.eval[: config.batch_size])
 
 
 if __name__ == "__main__":

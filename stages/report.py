@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from gpt2.figures import write_figures
+from gpt2.figures import FIGURES, TIMED_FIGURES, write_figures
 from gpt2.files import write_text
 from gpt2.markup import to_html
 from gpt2.report import write_report
@@ -10,7 +10,8 @@ from gpt2.results import Results
 from gpt2.stage import Stage
 
 ROOT = Path(".")
-FIGURES = Path("plots/report")
+PICTURES = Path("plots/report")
+TIMED_PICTURES = Path("plots/timed")
 MARKDOWN = Path("report.md")
 HTML = Path("report.html")
 
@@ -19,7 +20,7 @@ def main() -> None:
     with Stage("report") as stage:
         scale = stage.top("scale")
         results = Results(ROOT, norm=stage.top("norm"), scale=scale, settings=stage.top(scale))
-        figures = write_figures(results, FIGURES)
+        figures = write_figures(results, PICTURES, FIGURES) | write_figures(results, TIMED_PICTURES, TIMED_FIGURES)
         text = write_report(results, {name: path.as_posix() for name, path in figures.items()})
         write_text(MARKDOWN, text)
         write_text(HTML, to_html(text, "GPT-2 report", ROOT))

@@ -6,6 +6,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
+from gpt2.items import ENDINGS, PROTOCOLS, Benchmark, TokenizedItems, save_benchmark
 from gpt2.model import GPT, GPTConfig
 from gpt2.shards import Vocabulary, write_split
 from gpt2.weights import save_model
@@ -18,13 +19,19 @@ SECTIONS = {
     "prune": {
         "shares": [0.1, 0.5],
         "random_seeds": [0, 1],
+        "random_sets": 3,
         "calibration_tokens": 300,
         "scoring_tokens": 100,
+        "greedy_tokens": 50,
         "eval_tokens": 200,
         "batch_size": 3,
         "ridge": 1e-3,
         "limit_percent": 5.0,
+        "recovery_steps": 0,
+        "recovery_max_lr": 1e-3,
+        "recovery_seed": 1,
     },
+    "hellaswag": {"batch_tokens": 200},
 }
 
 
@@ -54,13 +61,23 @@ def make_windows(n: int, seed: int = 5) -> torch.Tensor:
     return torch.randint(VOCAB_SIZE, (n, BLOCK_SIZE + 1), generator=torch.Generator().manual_seed(seed))
 
 
+def make_benchmark(n_items: int, seed: int = 6) -> Benchmark:
+    """Random items: a context of five tokens, with endings of three tokens and ten characters."""
+    rng, n_rows = np.random.default_rng(seed), ENDINGS * n_items
+    tokens = rng.integers(1, VOCAB_SIZE, (n_items, ENDINGS, 8)).astype(np.uint16)
+    tokens[:, :, :5] = tokens[:, :1, :5]
+    rows = TokenizedItems(tokens.ravel(), np.arange(0, 8 * n_rows + 1, 8), np.full(n_rows, 3), np.full(n_rows, 10))
+    return Benchmark(rng.integers(0, ENDINGS, n_items), dict.fromkeys(PROTOCOLS, rows))
+
+
 def prepare_folder(folder: Path, model: GPT, n_tokens: int = 500, **changed: dict) -> None:
-    """Write the model, random tokens of all splits, and a params.yaml with `changed` keys of sections."""
+    """Write the model, random tokens of all splits and items, and a params.yaml with `changed` keys of sections."""
     save_model(model, folder / "models" / "gpt2")
     vocabulary = Vocabulary(encoding="gpt2", vocab_size=VOCAB_SIZE, eot_token=0)
     for seed, split in enumerate(("val", "test", "train")):
         ids = np.random.default_rng(seed).integers(1, VOCAB_SIZE, n_tokens).astype(np.uint16)
         write_split(folder / "data" / "tokens", split, [(ids, 4 * n_tokens)], vocabulary, shard_tokens=200)
+    save_benchmark(make_benchmark(20), folder / "data" / "tokens" / "hellaswag.npz")
     sections = {name: {**section, **changed.get(name, {})} for name, section in SECTIONS.items()}
     # JSON is YAML.
     (folder / "params.yaml").write_text(json.dumps({"norm": model.config.norm, "scale": "tiny", "tiny": sections}))

@@ -2,6 +2,7 @@
 
 import json
 import math
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -9,10 +10,12 @@ import pandas as pd
 
 from gpt2 import redundancy
 from gpt2.files import write_csv, write_json
+from gpt2.measures import PRUNED_RATES
 from gpt2.model import GPTConfig
-from gpt2.prunability import PREDICTORS, HeadCost
+from gpt2.prunability import MATRICES, PREDICTORS, HeadCost
 from gpt2.report import TIMED_STAGES
 from gpt2.results import Results
+from gpt2.similar_orders import SIMILAR_ORDERS
 
 NORMS = ("preln", "postln", "deepnorm")
 TABLE_COLUMNS = (
@@ -20,7 +23,7 @@ TABLE_COLUMNS = (
     *("loss_spikes", "diverged", "diverged_at_step", "stalled", "max_grad_norm"),
 )
 LAYER_COLUMNS = ("step", "layer", "grad_norm", "activation_norm")
-CRITERIA = ("redundancy", "taylor", "magnitude", "random")
+CRITERIA = ("redundancy", "taylor", "magnitude", "random", "loss", "taylor_iterative")
 VOCABULARIES = {"bpe_1024": 1024, "bpe_4096": 4096, "bpe_16384": 16384, "gpt2": 50257}
 
 
@@ -40,7 +43,7 @@ def invent_run(root: Path, scale: str = "tiny", norm: str = "preln", n_layer: in
     _invent_tokenizer_study(root)
     _invent_heads(root, n_layer, n_head)
     _invent_pruning(root, n_layer * n_head)
-    for stage in TIMED_STAGES:
+    for stage in set(TIMED_STAGES) - {"prune"}:
         write_json(root / f"metrics/speed/{stage}.json", {"seconds": 60.5, "peak_memory_gib": 0.75})
     write_json(
         root / "metrics/speed/train.json",
@@ -158,30 +161,67 @@ def _invent_heads(root: Path, n_layer: int, n_head: int) -> None:
 
 
 def _invent_pruning(root: Path, n_heads: int) -> None:
-    plain = dict(zip((*CRITERIA, "random_low", "random_high"), (1.0, 0.8, 2.5, 1.5, 1.1, 2.2), strict=True))
-    powers = plain | {f"{criterion}_refit": power / 2 for criterion, power in plain.items() if "_" not in criterion}
+    plain = dict(zip((*CRITERIA, "random_low", "random_high"), (1, 0.8, 2.5, 1.5, 0.5, 0.7, 1.1, 2.2), strict=True))
+    powers = plain | {f"{name}_refit": power / 2 for name, power in plain.items() if "_" not in name}
     powers |= {"random_refit_low": 0.5, "random_refit_high": 1.1}
     powers |= {"redundancy_stepwise": 0.4, "taylor_stepwise": 0.3}
     powers |= {"redundancy_merge": 0.7, "redundancy_merge_refit": 0.35}
     columns = ("heads_removed", "heads_removed_percent", *powers,
-               "params", "flops_per_token", "kv_cache_bytes_per_token")  # fmt: skip
+               "params", "flops_per_token", "kv_cache_bytes_per_token", "memory_bytes")  # fmt: skip
+    counts = range(0, n_heads, max(1, n_heads // 16))
     rows = []
-    for removed in range(0, n_heads, max(1, n_heads // 16)):
+    for removed in counts:
         share = removed / n_heads
         rises = [30 * math.exp(power * share) for power in powers.values()]
-        rows.append((removed, 100 * share, *rises, 10**6 - 1000 * removed, 10**7 - 9000 * removed, 8192 - 64 * removed))
+        costs = (10**6 - 1000 * removed, 10**7 - 9000 * removed, 8192 - 64 * removed, 10**7 - 5000 * removed)
+        rows.append((removed, 100 * share, *rises, *costs))
     write_csv(root / "plots/prune/frontier.csv", columns, rows)
-    costs = [(layer, head, 0.1 * head, 0.2 * layer, 0.01 * head - 0.02) for layer in range(4) for head in range(8)]
+    costs = [
+        (layer, head, *[0.1 * head] * len(MATRICES), 0.2 * layer, 0.01 * head - 0.02)
+        for layer in range(4)
+        for head in range(8)
+    ]
     write_csv(root / "plots/prune/heads.csv", HeadCost._fields, costs)
-    metrics = {"baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0], "calibration_tokens": 16384}
+    _invent_similarities(root, counts[1:])
+    metrics = {
+        "baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0], "calibration_tokens": 16384,
+        "pruned_heads": rows[3][0], "pruned_perplexity": 30.5, "random_sets": 199, "recovery_steps": 0,
+    }  # fmt: skip
     for column in powers:
         prefix = "" if column == "redundancy" else f"{column}_"
         rise, most = (2.1, 37.5) if column not in plain else (3.1, 18.75)
         metrics |= {f"{prefix}perplexity_rise_percent_at_15": rise, f"{prefix}max_pruned_percent_below_5": most}
+        metrics |= {f"{prefix}perplexity_rise_percent_at_15_{end}": rise + by for end, by in (("low", -1), ("high", 1))}
+        metrics[f"{prefix}cheaper_random_sets_at_15"] = 40
+    for place, order in enumerate(SIMILAR_ORDERS):
+        prefix = f"similarity_{order}_"
+        ends = {"": 2.0 + place / 2, "_low": 1.0, "_high": 9.0}
+        metrics |= {f"{prefix}perplexity_rise_percent_at_15{end}": value for end, value in ends.items()}
+        metrics[f"{prefix}cheaper_random_sets_at_15"] = 10 * place
+    for end, rise in {"": 4.5, "low_": 1.2, "high_": 9.5}.items():
+        metrics[f"random_sets_{end}perplexity_rise_percent_at_15"] = rise
     metrics["random_perplexity_rise_percent_at_15"] = 4.9
+    for name in ("whole", "redundancy_at_15", "pruned"):
+        scores = {"": 0.3, "_stderr": 0.01, "_difference": -0.01, "_difference_margin": 0.02, "_p": 0.25}
+        metrics |= {f"{name}_hellaswag_acc_norm{end}": value for end, value in scores.items()}
     ends = {"": -0.4, "_low": -0.6, "_high": -0.1}
-    metrics |= {f"{name}_rank_correlation{end}": value for name in PREDICTORS for end, value in ends.items()}
+    kinds = [f"{name}_rank_correlation{place}" for name in PREDICTORS for place in ("", "_in_layer")]
+    metrics |= {f"{kind}{end}": value for kind in kinds for end, value in ends.items()}
     write_json(root / "metrics/prune.json", metrics)
+    models = [(f"heads_removed_{count}", 1 + count / n_heads) for count in counts] + [("pruned", 1.2)]
+    rates = {f"{name}_{rate}": 1000.5 * faster for name, faster in models for rate in PRUNED_RATES}
+    write_json(root / "metrics/speed/prune.json", {"seconds": 60.5, "peak_memory_gib": 0.75, **rates})
+
+
+def _invent_similarities(root: Path, counts: Sequence[int]) -> None:
+    columns = ("order", "heads_removed", "rise_percent", "low", "high",
+               "above_random_percent", "above_random_low", "above_random_high")  # fmt: skip
+    rows = [
+        (order, count, count + place, count, count + 2 * place + 1, place - 4.5, place - 6, place - 3)
+        for place, order in enumerate(("redundancy", *SIMILAR_ORDERS))
+        for count in counts
+    ]
+    write_csv(root / "plots/prune/similarities.csv", columns, rows)
 
 
 def set_metric(root: Path, name: str, value: float | str) -> None:

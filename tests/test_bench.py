@@ -10,16 +10,18 @@ import pytest
 import torch
 
 import bench.__main__ as bench
-from bench import generate, gpu_table, heads, hellaswag, optimizers, prepare, tokenize
+from bench import generate, gpu_table, heads, hellaswag, optimizers, prepare, prune, tokenize
 from gpt2.files import read_json
-from gpt2.heads import compare_heads
+from gpt2.frontier import PLAIN
+from gpt2.heads import Head, compare_heads, list_heads
 from gpt2.items import tokenize_items
 from gpt2.params import load, read
+from gpt2.prune import PruneConfig, count_removals
 from gpt2.scoring import evaluate_benchmark
 from gpt2.shape import ModelShape
 from gpt2.shards import TokenSet
 from gpt2.tokenizer import load_encoding
-from tests.analysed import SECTIONS, VOCAB_SIZE, make_model, make_windows
+from tests.analysed import BLOCK_SIZE, SECTIONS, VOCAB_SIZE, make_model, make_windows
 from tests.closure import ROOT
 from tests.test_harness import random_model
 from tests.test_items import ITEMS
@@ -282,3 +284,35 @@ def test_preparing_is_measured_on_a_folder_of_parquet(tmp_path, monkeypatch, cap
     assert capsys.readouterr().out == (tmp_path / prepare.RESULT).read_text()
     with pytest.raises(SystemExit, match=r"prepare\.path = 'absent' is not a folder"):
         prepare.main(["absent"])
+
+
+def test_the_limit_of_pruning_counts_what_passes_the_model():
+    model, text = make_model(), prune.Text(*map(make_windows, (2, 1, 3)))
+    heads = list_heads(model.config)
+    orders = {"taylor": [heads], "loss": [heads[::-1]]}
+    counts = prune.count_operations(model, text, orders)
+    config, tokens = model.config, BLOCK_SIZE
+    classifier = 2 * 32 * VOCAB_SIZE
+    # A head has four products of 32 x 8 weights and looks at half of the context with 8 channels, twice.
+    head, mlp = 2 * 4 * 32 * 8 + 4 * 8 * BLOCK_SIZE / 2, 2 * 8 * 32**2
+    whole = 12 * head + 3 * mlp + classifier
+    assert prune.operations_from(config, 0, set()) + classifier == whole
+    assert prune.operations_from(config, 2, {Head(1, 0), Head(2, 3)}) == 3 * head + mlp
+    assert counts[prune.PARTS[0]] == 3 * whole * 2 * tokens
+    # The first step of the search alone: four heads in each layer, above which three, two and one layers lie.
+    first = sum(4 * ((4 * layers - 1) * head + layers * mlp + classifier) for layers in (3, 2, 1))
+    assert counts[prune.PARTS[1]] > first * tokens
+    # Both orders share the whole model, and of 12 heads nothing else.
+    removed = {count for count in count_removals(model, prune.SHARES)}
+    sets = whole + 2 * sum(whole - count * head for count in removed if count)
+    assert counts[prune.PARTS[2]] == pytest.approx(sets * 3 * tokens)
+
+
+def test_pruning_is_measured_part_by_part():
+    model = make_model()
+    config = load("prune", PruneConfig, {"scale": "tiny", "tiny": SECTIONS})
+    seconds, orders = prune.measure(model, config, prune.draw_text(model, config))
+    assert tuple(seconds) == prune.PARTS and all(taken > 0 for taken in seconds.values())
+    assert tuple(orders) == tuple(column.criterion for column in PLAIN)
+    table = prune.tabulate(dict.fromkeys(prune.PARTS, 2.0), dict.fromkeys(prune.PARTS, 1e9), peak=1e9)
+    assert read_cells(table, "all")[1:] == ["6.0", "0.00", "3.0", "50 %"]

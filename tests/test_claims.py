@@ -46,7 +46,10 @@ def test_every_claim_passes_where_every_figure_holds(tmp_path):
         ("middle layers", "heads.redundant_pairs_middle_percent", 50.1, 50.0),
         ("middle layers", "heads.middle_layers_percent", 60.0, 75.0),
         ("chosen by redundancy", "prune.perplexity_rise_percent_at_15", 4.99, 5.0),
-        ("chosen by taylor", "prune.taylor_perplexity_rise_percent_at_15", 4.99, 5.0),
+        ("chosen by iterative", "prune.taylor_iterative_perplexity_rise_percent_at_15", 4.99, 5.0),
+        ("chosen by greedy loss", "prune.loss_perplexity_rise_percent_at_15", 4.99, 5.0),
+        ("better than chance", "prune.similarity_pattern_nosink_cheaper_random_sets_at_15", 0, 1),
+        ("chosen by Taylor", "prune.taylor_perplexity_rise_percent_at_15", 4.99, 5.0),
         ("chosen by magnitude", "prune.magnitude_perplexity_rise_percent_at_15", 4.99, 5.0),
         ("twice the heads", "prune.max_pruned_percent_below_5", 18.75, 18.76),
         ("which heads to remove", "prune.random_perplexity_rise_percent_at_15", 3.2, 3.1),
@@ -59,6 +62,16 @@ def test_a_verdict_turns_where_its_figure_crosses_the_bound(tmp_path, sentence, 
     for value, verdict in ((holds, "passed"), (breaks, "failed")):
         set_metric(tmp_path, metric, value)
         assert find_row(results, sentence).verdict == verdict
+
+
+def test_too_few_random_sets_leave_the_best_similarity_untested(tmp_path):
+    results = invent_run(tmp_path)
+    # Of ten orders one may be the best of 199 by chance in 5 %.
+    set_metric(tmp_path, "prune.random_sets", 198)
+    row = find_row(results, "better than chance")
+    assert row.verdict == "untested" and "0 of 198 random sets cost less, too few sets to tell" in row.measured
+    set_metric(tmp_path, "prune.similarity_pattern_nosink_cheaper_random_sets_at_15", 1)
+    assert find_row(results, "better than chance").verdict == "failed"
 
 
 HIGH, LOW = (3e-3, 10), (1e-3, 0)

@@ -54,8 +54,9 @@ SETTINGS = {
     "generate": {"prompts": ["Return the ", "A "], "max_tokens": 4, "num_seq": 2, "temperature": 0.8, "top_k": 50,
                  "top_p": 1.0, "seed": 1},
     "heads": {"n_tokens": 320, "batch_size": 4, "threshold": 0.85, "null_percentile": 95, "seed": 1},
-    "prune": {"shares": [0.25, 0.5], "random_seeds": [1, 2], "calibration_tokens": 320, "scoring_tokens": 320,
-              "eval_tokens": 320, "batch_size": 4, "ridge": 1e-3, "limit_percent": 5.0},
+    "prune": {"shares": [0.25, 0.5], "random_seeds": [1, 2], "random_sets": 3, "calibration_tokens": 320,
+              "scoring_tokens": 320, "greedy_tokens": 64, "eval_tokens": 320, "batch_size": 4, "ridge": 1e-3,
+              "limit_percent": 5.0, "recovery_steps": 0, "recovery_max_lr": 1e-3, "recovery_seed": 1},
 }  # fmt: skip
 # The keys that design and report rely on.
 KEYS = {

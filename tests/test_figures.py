@@ -7,6 +7,7 @@ from matplotlib.image import imread
 from gpt2.figures import (
     FIGURES,
     MAX_STEPS,
+    TIMED_FIGURES,
     draw_head_layers,
     draw_head_nulls,
     draw_heads,
@@ -17,13 +18,15 @@ from gpt2.figures import (
 )
 from tests.invented_run import break_off, invent_run, load_weights
 
+ALL = FIGURES | TIMED_FIGURES
+
 
 @pytest.mark.parametrize(("n_layer", "n_head"), [(4, 8), (12, 12)])
 def test_figures_are_drawn_for_small_and_full_models_and_repeat_byte_for_byte(tmp_path, n_layer, n_head):
     results = invent_run(tmp_path, n_layer=n_layer, n_head=n_head)
-    first = {name: path.read_bytes() for name, path in write_figures(results, tmp_path / "first").items()}
-    second = {name: path.read_bytes() for name, path in write_figures(results, tmp_path / "second").items()}
-    assert first == second and set(first) == set(FIGURES)
+    first = {name: path.read_bytes() for name, path in write_figures(results, tmp_path / "first", ALL).items()}
+    second = {name: path.read_bytes() for name, path in write_figures(results, tmp_path / "second", ALL).items()}
+    assert first == second and set(first) == set(ALL)
     assert b"matplotlib" not in b"".join(first.values()).lower()
     for name in first:
         assert imread(tmp_path / "first" / f"{name}.png").shape[1] == 1200
@@ -33,7 +36,7 @@ def test_figures_are_drawn_for_small_and_full_models_and_repeat_byte_for_byte(tm
 def test_runs_without_a_curve_are_drawn(tmp_path, change):
     results = invent_run(tmp_path, norm="postln")
     change(tmp_path)
-    figures = write_figures(results, tmp_path / "figures")
+    figures = write_figures(results, tmp_path / "figures", ALL)
     assert all(imread(path).min() < 1 for path in figures.values())
 
 

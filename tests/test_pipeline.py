@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.figures import FIGURES
+from gpt2.figures import FIGURES, TIMED_FIGURES
 from gpt2.files import UserError
 from gpt2.params import SCALES
 from gpt2.report import TIMED_STAGES, write_report
@@ -39,7 +39,7 @@ LAYERS = {
     "sources encode dedup hub",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
     "train_results norm_study generate card export heads redundancy criteria prune prunability repair frontier "
-    "circuits nulls",
+    "circuits nulls iterative similar_orders intervals costs chance mcnemar pruned_scores pruned_speed recovery",
     "whole": "schema volume workload forecast storage preflight check",
     "report": "hellaswag results measures claims studies figures report plots_page status",
 }
@@ -133,7 +133,7 @@ def test_check_params_depends_on_the_whole_file():
 
 def test_the_report_needs_every_section_it_declares_and_no_other(tmp_path):
     results = invent_run(tmp_path)
-    links = dict.fromkeys(FIGURES, "figure.png")
+    links = dict.fromkeys(FIGURES | TIMED_FIGURES, "figure.png")
     declared = set(STAGES["report"]["params"])
     sections = {param.removeprefix("${scale}.") for param in declared - {"norm", "scale"}}
     assert declared == {"norm", "scale"} | {f"${{scale}}.{section}" for section in sections}

@@ -510,7 +510,10 @@ def test_enough_text_passes_with_the_epochs_it_makes():
 
 @pytest.mark.parametrize(
     "key",
-    ["train.eval_tokens", "heads.n_tokens", "prune.scoring_tokens", "prune.eval_tokens", "norm_study.eval_tokens"],
+    [
+        *("train.eval_tokens", "heads.n_tokens", "prune.scoring_tokens", "prune.greedy_tokens", "prune.eval_tokens"),
+        "norm_study.eval_tokens",
+    ],
 )
 def test_a_split_with_fewer_tokens_than_a_stage_reads_fails(key):
     # Of 4 million tokens 1 % are held out for each of two splits.

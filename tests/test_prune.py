@@ -7,16 +7,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from gpt2 import criteria, frontier, measures, params
-from gpt2.criteria import CRITERIA, mask_heads, order_by_redundancy, order_by_score
+from gpt2 import costs, criteria, frontier, measures, params
+from gpt2.criteria import ONE_SHOT, mask_heads, order_by_redundancy, order_by_score
 from gpt2.evaluate import mean_loss
 from gpt2.files import UserError, read_json
-from gpt2.frontier import Frontier
+from gpt2.frontier import Column, Evaluator, Frontier
 from gpt2.heads import Head, list_heads
 from gpt2.model import GPT, GPTConfig
 from gpt2.prune import PruneConfig, count_removals, remove_heads
 from gpt2.repair import calibrate, remove_and_repair
 from gpt2.shards import TokenSet
+from gpt2.similar_orders import SIMILAR_ORDERS
 from gpt2.weights import load_model, save_model
 from gpt2.windows import spread_windows
 from stages import head_similarity
@@ -148,6 +149,11 @@ def test_refuses_shares_of_no_head_or_all(share):
         ("limit_percent", 0, r"tiny.prune.limit_percent = 0"),
         ("eval_tokens", -5, r"tiny.prune.eval_tokens = -5"),
         ("calibration_tokens", 0, r"tiny.prune.calibration_tokens = 0"),
+        ("random_sets", 0, r"tiny.prune.random_sets = 0"),
+        ("greedy_tokens", 0, r"tiny.prune.greedy_tokens = 0"),
+        ("shares", [-0.1], r"tiny.prune.shares.0 = -0.1"),
+        ("shares", [1.5], r"tiny.prune.shares.0 = 1.5"),
+        ("shares", [float("nan")], r"tiny.prune.shares.0 = nan"),
         ("ridge", 0, r"tiny.prune.ridge = 0"),
     ],
 )
@@ -230,55 +236,112 @@ def test_equal_scores_go_by_position():
 def test_every_criterion_orders_all_heads(windows):
     model = make_model()
     orders = criteria.rank_heads(model, np.eye(12), criteria.score_taylor(model, windows, 5), seeds=[0, 1, 0])
-    assert tuple(orders) == CRITERIA
+    assert tuple(orders) == ONE_SHOT
     for ranked in orders.values():
         assert all(sorted(order) == list_heads(model.config) for order in ranked)
     first, second, again = orders["random"]
     assert first == again != second
 
 
+def make_orders(model: GPT, windows: torch.Tensor) -> dict[str, list]:
+    """An order by each criterion of COLUMNS; the iterative ones are those of other criteria here."""
+    orders = criteria.rank_heads(model, np.eye(12), criteria.score_taylor(model, windows, 5), seeds=[0, 1, 2])
+    return orders | {"taylor_iterative": orders["magnitude"], "loss": orders["taylor"]}
+
+
 def test_frontier_is_the_perplexity_of_the_pruned_models(windows):
     model = make_model()
-    orders = criteria.rank_heads(model, np.eye(12), criteria.score_taylor(model, windows, 5), seeds=[0, 1, 2])
+    orders = make_orders(model, windows)
     calibration = calibrate(model, make_windows(20, seed=6), 5, 1e-3, np.eye(12))
-    measured = frontier.measure_frontier(model, orders, [0, 2, 6], calibration, windows, batch_size=5)
-    baseline = math.exp(mean_loss(model, windows, 5))
-    assert all(values[0] == baseline for values in measured.perplexity.values())
-    pruned = remove_heads(model, orders["magnitude"][0][:6])
-    assert measured.perplexity["magnitude"][2] == math.exp(mean_loss(pruned, windows, 5))
+    measured = frontier.measure_frontier(Evaluator(model, calibration, windows, 5), orders, [0, 2, 6])
+    assert list(measured.losses) == [column.name for column in frontier.COLUMNS]
+
+    def perplexity(pruned: GPT):
+        return pytest.approx(math.exp(mean_loss(pruned, windows, 5)), rel=1e-12)
+
+    assert all(values[0] == perplexity(model) for values in measured.perplexity.values())
+    assert measured.perplexity["magnitude"][2] == perplexity(remove_heads(model, orders["magnitude"][0][:6]))
     samples = [math.exp(mean_loss(remove_heads(model, order[:2]), windows, 5)) for order in orders["random"]]
     random = [measured.perplexity[name][1] for name in ("random", "random_low", "random_high")]
-    assert random == [pytest.approx(sum(samples) / 3), min(samples), max(samples)]
+    assert random == [pytest.approx(value) for value in (sum(samples) / 3, min(samples), max(samples))]
     for column in frontier.COLUMNS[-2:]:
         repaired = remove_and_repair(model, orders["redundancy"][0][:6], column.repair, calibration)
-        assert measured.perplexity[column.name][2] == math.exp(mean_loss(repaired, windows, 5))
+        assert measured.perplexity[column.name][2] == perplexity(repaired)
     refitted = remove_and_repair(model, orders["random"][2][:6], "refit", calibration)
     found = math.exp(mean_loss(refitted, windows, 5))
     assert measured.perplexity["random_refit_low"][2] <= found <= measured.perplexity["random_refit_high"][2]
 
 
+def test_a_set_of_heads_is_evaluated_once(windows, monkeypatch):
+    model, passes = make_model(), []
+    calibration = calibrate(model, windows, 5, 1e-3, np.eye(12))
+    count = frontier.window_losses
+    monkeypatch.setattr(frontier, "window_losses", lambda *given: passes.append(given) or count(*given))
+    evaluator = Evaluator(model, calibration, windows, 5)
+    heads = list_heads(model.config)
+    for order in (heads[:2], heads[1::-1], [], heads[:3]):
+        for repair in ("none", "refit"):
+            evaluator.losses(order, repair)
+    # The whole model, and two sets with and without repair.
+    assert len(passes) == 5
+    assert evaluator.losses(heads[:2]) is evaluator.losses(heads[1::-1])
+
+
 def make_frontier(**rises: list[float]) -> Frontier:
-    """A frontier of 0, 1, 2 and 3 heads from rises in percent of a perplexity of 100."""
-    columns = {column.name: [50, 50, 50] for column in frontier.COLUMNS}
-    perplexity = {name: [100.0, *(100 + rise for rise in values)] for name, values in (columns | rises).items()}
-    return Frontier([0, 1, 2, 3], perplexity)
+    """A frontier of 0, 1, 2 and 3 heads from rises in percent of a perplexity of 100, alike in two windows."""
+    columns = {column.name: [50, 50, 50] for column in frontier.COLUMNS} | rises
+    losses = {
+        name: [np.full((1, 2), math.log(100 + rise)) for rise in (0, *values)] for name, values in columns.items()
+    }
+    return Frontier([0, 1, 2, 3], losses)
 
 
 def test_the_report_reads_every_column():
     assert sorted(column.name for column in frontier.COLUMNS) == sorted((*measures.CRITERIA, *measures.REPAIRED))
     assert sorted(measures.CHOSEN_REPAIRED) == sorted(c.name for c in frontier.SELECTABLE if c.repair != "none")
     assert {column.repair for column in frontier.COLUMNS} == {"none", *measures.REPAIRS}
+    for column in frontier.COLUMNS:
+        criterion, repair = measures.name_pruning(column.name)
+        assert (criterion, repair) == (column.criterion, measures.REPAIRS.get(column.repair, "none"))
 
 
-ORDERS = {name: [[Head(layer, i) for layer in range(4)]] for i, name in enumerate(CRITERIA)}
+ORDERS = {
+    name: [[Head(layer, i) for layer in range(4)]]
+    for i, name in enumerate(dict.fromkeys(column.criterion for column in frontier.COLUMNS))
+}
 
 
 def test_rise_and_most_removed():
-    measured = make_frontier(taylor=[6, 4, 5])
+    measured = make_frontier(taylor=[6, 4, 5.001])
     assert measured.rise_percent("taylor", 1) == pytest.approx(6)
-    # The largest below the limit counts, whatever a smaller one costs; at the limit is not below it.
+    # The largest below the limit counts, whatever a smaller one costs.
     assert measured.most_removed("taylor", 5.0) == 2
+    assert measured.most_removed("taylor", measured.rise_percent("taylor", 2)) == 0
     assert measured.most_removed("magnitude", 5.0) == 0
+
+
+def test_the_range_of_several_orders_stands_beside_their_mean():
+    losses = [np.zeros((2, 3)), np.log([[1.1] * 3, [1.5] * 3])]
+    measured = Frontier([0, 4], {"random": losses})
+    assert {name: values[1] for name, values in measured.perplexity.items()} == {
+        "random": pytest.approx(1.3),
+        "random_low": pytest.approx(1.1),
+        "random_high": pytest.approx(1.5),
+    }
+    assert measured.rise_percent("random_high", 4) == pytest.approx(50)
+
+
+def test_intervals_stand_for_every_column_and_count(windows):
+    model = make_model()
+    calibration = calibrate(model, windows, 5, 1e-3, np.eye(12))
+    columns = [Column("magnitude", "none"), Column("random", "none")]
+    measured = frontier.measure_frontier(
+        Evaluator(model, calibration, windows, 5), make_orders(model, windows), [0, 2, 6], columns
+    )
+    header, rows = frontier.tabulate_intervals(measured)
+    assert header == ["column", "heads_removed", "rise_percent", "low", "high"]
+    assert [row[:2] for row in rows] == [[column.name, count] for column in columns for count in (2, 6)]
+    assert all(low < rise < high for _, _, rise, low, high in rows)
 
 
 @pytest.mark.parametrize(
@@ -301,19 +364,19 @@ def test_costs_count_what_the_pruned_model_has():
     model = make_model()
     pruned = remove_heads(model, REMOVED)
     config = model.config
-    assert pruned.n_params() == model.n_params() - len(REMOVED) * frontier.params_per_head(config)
+    assert pruned.n_params() == model.n_params() - len(REMOVED) * costs.params_per_head(config)
     products = [module.weight.numel() for module in pruned.modules() if isinstance(module, nn.Linear)]
     weights = sum(products) + config.vocab_size * config.n_embd
     attention = 4 * 7 * config.head_dim * config.block_size
-    assert frontier.flops_per_token(config, 7) == 2 * weights + attention
+    assert costs.flops_per_token(config, 7) == 2 * weights + attention
 
 
 def test_costs_of_gpt2():
     config = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, norm="preln")
     # Keys and values of 12 layers of 768 channels in two bytes.
-    assert frontier.kv_cache_bytes_per_token(144, config.head_dim) == 12 * 2 * 768 * 2
+    assert costs.kv_cache_bytes_per_token(144, config.head_dim) == 12 * 2 * 768 * 2
     # 22 heads are 15 % of the heads, but 3.5 % of the parameters.
-    assert 22 * frontier.params_per_head(config) / 124_439_808 == pytest.approx(0.035, abs=5e-4)
+    assert 22 * costs.params_per_head(config) / 124_439_808 == pytest.approx(0.035, abs=5e-4)
 
 
 def run_stages(folder, monkeypatch, model: GPT, **changed: dict) -> None:
@@ -351,10 +414,23 @@ def test_stage_is_reproducible_bit_for_bit(tmp_path, monkeypatch):
     assert float(rows[0]["redundancy"]) == figures["baseline_perplexity"]
     rise = 100 * (float(rows[2]["taylor"]) / figures["baseline_perplexity"] - 1)
     assert figures["taylor_perplexity_rise_percent_at_15"] == pytest.approx(rise, abs=1e-4)
-    assert read_json(tmp_path / "metrics" / "speed" / "prune.json").keys() >= {
-        "full_tokens_per_s",
-        "pruned_tokens_per_s",
-    }
+    assert -1 <= figures["pruned_hellaswag_acc_norm_difference"] <= 1 and figures["random_sets"] == 3
+    assert figures["greedy_tokens"] == 48
+    for key in ("", "similarity_qk_"):
+        low, rise, high = (figures[f"{key}perplexity_rise_percent_at_15{end}"] for end in ("_low", "", "_high"))
+        assert low < rise < high
+        assert 0 <= figures[f"{key}cheaper_random_sets_at_15"] <= 3
+    with open(tmp_path / "plots" / "prune" / "intervals.csv") as file:
+        assert len(list(csv.DictReader(file))) == 3 * len(frontier.COLUMNS)
+    with open(tmp_path / "plots" / "prune" / "similarities.csv") as file:
+        assert (
+            {row["order"] for row in csv.DictReader(file)}
+            == {"redundancy", *SIMILAR_ORDERS}
+            == {*measures.SIMILARITIES}
+        )
+    models = ["pruned", *(f"heads_removed_{count}" for count in (0, 1, 2, 6))]
+    timed = read_json(tmp_path / "metrics" / "speed" / "prune.json")
+    assert timed.keys() >= {f"{name}_{rate}" for name in models for rate in measures.PRUNED_RATES}
 
 
 def test_stage_saves_the_whole_model_when_no_share_qualifies(tmp_path, monkeypatch):
@@ -380,10 +456,22 @@ def test_stage_saves_the_whole_model_when_no_share_qualifies(tmp_path, monkeypat
     assert torch.equal(saved(learned[:, :-1]), load_model(tmp_path / "models" / "gpt2")(learned[:, :-1]))
 
 
+def test_stage_trains_the_pruned_model_if_asked(tmp_path, monkeypatch):
+    model = make_model()
+    run_stages(tmp_path, monkeypatch, model, prune={"limit_percent": 1000.0, "recovery_steps": 3})
+    figures = read_json(tmp_path / "metrics" / "prune.json")
+    saved = load_model(tmp_path / "models" / "pruned")
+    windows = spread_windows(TokenSet(tmp_path / "data" / "tokens", "test"), BLOCK_SIZE, 200)
+    assert figures["pruned_perplexity"] == pytest.approx(math.exp(mean_loss(saved, windows, 3)), abs=1e-5)
+    assert figures["pruned_perplexity"] != figures["pruned_perplexity_before_recovery"]
+    assert (figures["recovery_steps"], figures["pruned_heads"]) == (3, 6)
+
+
 @pytest.mark.parametrize(
     ("key", "split"),
     [
         ("scoring_tokens", "val"),
+        ("greedy_tokens", "val"),
         ("eval_tokens", "test"),
         ("calibration_tokens", "train"),
     ],

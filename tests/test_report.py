@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from gpt2.figures import FIGURES
+from gpt2.figures import FIGURES, TIMED_FIGURES
 from gpt2.files import UserError, write_csv, write_json
 from gpt2.markup import literal, number, table, to_html
 from gpt2.report import write_report
@@ -19,7 +19,7 @@ from gpt2.studies import describe_heads, describe_norms, describe_training
 from stages import report
 from tests.invented_run import LAYER_COLUMNS, break_off, invent_run, load_weights, set_metric, set_norm_study
 
-LINKS = {name: f"plots/report/{name}.png" for name in FIGURES}
+LINKS = {name: f"plots/report/{name}.png" for name in FIGURES | TIMED_FIGURES}
 
 
 @pytest.mark.parametrize(
@@ -71,7 +71,7 @@ def test_every_markdown_table_has_as_many_cells_in_each_row_as_in_its_head(tmp_p
         if re.fullmatch(r"\|( :?--:? \|)+", below):
             width, n_tables = line.count("|"), n_tables + 1
         assert line.count("|") == width
-    assert n_tables == 11
+    assert n_tables == 14
 
 
 def test_the_stage_writes_a_page_that_stands_alone(tmp_path, monkeypatch):
@@ -79,7 +79,7 @@ def test_the_stage_writes_a_page_that_stands_alone(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report.main()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
-    assert page.count('src="data:image/png;base64,') == len(FIGURES)
+    assert page.count('src="data:image/png;base64,') == len(LINKS)
     assert not re.findall(r'(?:src|href)="(?!data:)', page) and "url(" not in page and "@import" not in page
     assert "<b>" not in page and "&#60;b&#62;view" in page
     assert '<td style="text-align: left;">nan</td>' in page
@@ -192,6 +192,25 @@ def test_loaded_weights_are_told_from_trained_ones(tmp_path):
     set_metric(tmp_path, "train.init_commit", "4c0ffee")
     assert "loaded from `models/openai`, commit `4c0ffee` (sha256" in write_report(results, LINKS)
     assert not [link for link in FIGURES if link != "layers" and f"{link}.png" not in text]
+
+
+def test_recovery_training_is_told_where_there_was_any(tmp_path):
+    results = invent_run(tmp_path)
+    assert "steps of training took" not in write_report(results, LINKS)
+    for key, value in {"recovery_steps": 50, "pruned_perplexity_before_recovery": 33.0}.items():
+        set_metric(tmp_path, f"prune.{key}", value)
+    assert "50 steps of training took the saved model from a perplexity of 33.00 to 30.50." in write_report(
+        results, LINKS
+    )
+
+
+def test_the_memory_of_pruned_models_is_told_where_a_gpu_measured_it(tmp_path):
+    results = invent_run(tmp_path)
+    assert "Peak memory (GiB) | Weights" not in write_report(results, LINKS)
+    for name in {key.removesuffix("_decode_tokens_per_s") for key in results.speed("prune") if "decode_tok" in key}:
+        set_metric(tmp_path, f"speed/prune.{name}_peak_memory_gib", 1.25)
+    text = write_report(results, LINKS)
+    assert "Peak memory (GiB) | Weights and cache" in text and "| 1.250 | 9.537 |" in text
 
 
 def test_the_report_is_made_without_torch():
