@@ -37,7 +37,8 @@ def test_imported_packages_are_declared():
     names = {"ruamel": "ruamel-yaml", "vl_convert": "vl-convert-python"}
     files = {path.relative_to(ROOT) for folder in ("gpt2", "stages") for path in (ROOT / folder).glob("*.py")}
     imported = {canonicalize_name(names.get(name, name)) for name in imported_packages(files)}
-    assert imported - declared == set()
+    # Triton comes with torch where there is a GPU, and is needed there alone.
+    assert imported - declared == {"triton"}
 
 
 def test_continuous_integration_runs_targets_of_the_makefile():
