@@ -72,9 +72,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
 def _large_products(device: torch.device) -> Iterator[None]:
     """Hand the fp32 products of a CPU to oneDNN, whose AVX-512 kernels serve any vendor, where MKL's serve one.
 
-    Only here: on the small tiles of attention the same setting costs several times what it gains.
+    Only here: on the small tiles of attention the same setting costs several times what it gains. And not where there
+    is AMX, which would compute these products in bfloat16.
     """
-    if device.type != "cpu":
+    if device.type != "cpu" or torch.cpu._is_amx_tile_supported():
         yield
         return
     before = torch.get_float32_matmul_precision()
