@@ -103,7 +103,7 @@ def describe(results: Mapping[str, Mapping]) -> str:
             describe_costs(results["evaluating"]),
             "",
             "The runs waited for data for "
-            + " and ".join(
+            + ", ".join(
                 f"{results[name]['speed']['data_wait_percent']:.2f} % (“{results[name]['says']}”)"
                 for name in READ_AHEAD
             )
