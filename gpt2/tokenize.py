@@ -33,7 +33,7 @@ SPLITS = ("train", "val", "test")
 # What decides the token files beside their inputs.
 SOURCES = [Path(__file__).with_name(f"{name}.py") for name in ("encode", "shards", "tokenize")]
 # Text for which it pays to start a process: it is encoded in the time that the start takes.
-PROCESS_BYTES = 2**25
+PROCESS_BYTES = 2**23
 LOG_SECONDS, CHECK_SECONDS = 30, 1
 log = logging.getLogger(__name__)
 
