@@ -8,11 +8,12 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import tiktoken
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 
 from gpt2.files import UserError
 from gpt2.params import Config
-from gpt2.shards import TokenSet, Vocabulary, write_split
+from gpt2.shards import MAX_VOCAB_SIZE, TokenSet, Vocabulary, write_split
+from gpt2.tokenizer import GPT2, MIN_VOCAB_SIZE, trained_size
 
 SPLITS = ("train", "val", "test")
 # Documents encoded at a time: enough to keep all threads busy, few enough to stay small in memory.
@@ -23,9 +24,23 @@ log = logging.getLogger(__name__)
 class TokenizeConfig(Config):
     """Section `tokenize`."""
 
+    # gpt2, or bpe_<size> of a vocabulary trained on the training split.
     encoding: str
     # Tokens of one shard file, two bytes each.
     shard_tokens: PositiveInt
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        size = trained_size(name)
+        if name != GPT2 and size is None:
+            raise ValueError(f"must be {GPT2}, or bpe_N for a trained vocabulary of N tokens, such as bpe_8192")
+        if size is not None and not MIN_VOCAB_SIZE <= size <= MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"a vocabulary must have at least {MIN_VOCAB_SIZE} tokens, all bytes and end-of-text, and at most "
+                f"{MAX_VOCAB_SIZE}, since token files are uint16"
+            )
+        return name
 
 
 def tokenize_corpus(

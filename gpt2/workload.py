@@ -3,9 +3,10 @@
 C = n_embd, L = n_layer, T = block_size, M heads of all layers together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpt2.benchmark import BenchmarkConfig
+from gpt2.bpe import VocabularyConfig
 from gpt2.checkpoint import KEPT
 from gpt2.frontier import COLUMNS, STEPWISE
 from gpt2.generate import GenerateConfig
@@ -23,9 +24,11 @@ from gpt2.schema import SECTIONS
 from gpt2.scoring import HellaswagConfig
 from gpt2.shape import ModelShape
 from gpt2.tokenize import TokenizeConfig
+from gpt2.tokenizer import trained_size
 from gpt2.tokenizer_study import TokenizerStudyConfig
 from gpt2.train import TrainConfig
 from gpt2.train_results import training_flops_per_token
+from gpt2.vocabulary_runs import VocabularyRunsConfig
 from gpt2.volume import DOCS_ZSTD, PROSE_ZSTD, WORD_BYTES, Volume
 
 VOCAB_SIZE = 50257
@@ -57,8 +60,10 @@ class Plan:
     hardware: HardwareConfig
     prepare: PrepareConfig
     benchmark: BenchmarkConfig
+    vocabulary: VocabularyConfig
     tokenize: TokenizeConfig
     tokenizer_study: TokenizerStudyConfig
+    vocabulary_runs: VocabularyRunsConfig
     model: GPTConfig
     norm_study: NormStudyConfig
     train: TrainConfig
@@ -70,8 +75,9 @@ class Plan:
 
 def load_plan(values: dict, scale: str) -> Plan:
     """The plan of `scale` from params.yaml as parsed. Raises UserError at the first section with a fault."""
-    known = {"model": {"norm": values.get("norm"), "vocab_size": VOCAB_SIZE}}
     scaled = {**values, "scale": scale}
+    vocab_size = trained_size(load("tokenize", TokenizeConfig, scaled).encoding) or VOCAB_SIZE
+    known = {"model": {"norm": values.get("norm"), "vocab_size": vocab_size}}
     return Plan(scale, **{name: load(name, cls, scaled, **known.get(name, {})) for name, cls in SECTIONS.items()})
 
 
@@ -203,17 +209,34 @@ class Workload:
         # Of each row its uint16 tokens and three int64 numbers.
         benchmark = items * ENDINGS * len(PROTOCOLS) * (2 * row_tokens + 24)
         shard = 2 * min(self.plan.tokenize.shard_tokens, self.volume.tokens)
+        trained = self._vocabulary_memory() if trained_size(self.plan.tokenize.encoding) else 0.0
         return Need(
             2 * self.volume.tokens + benchmark,
-            TEXT_PROCESS + SHARD_COPIES * shard,
+            TEXT_PROCESS + max(SHARD_COPIES * shard, trained),
             text=self.volume.n_bytes,
             parallel=self._workers(),
         )
 
+    def _vocabulary_memory(self) -> float:
+        """What the training of vocabularies holds."""
+        return TEXT_COPIES * min(self.plan.vocabulary.train_bytes, self.volume.n_bytes)
+
     def _tokenizer_study(self) -> Need:
-        config = self.plan.tokenizer_study
-        text = min(config.train_bytes, self.volume.n_bytes)
-        return Need(2 * SMALL_FILE, TEXT_PROCESS + TEXT_COPIES * text, text=text)
+        config = self.plan.vocabulary_runs
+        shape = {key: getattr(config, key) for key in ModelShape.model_fields}
+        sizes = [*self.plan.tokenizer_study.vocab_sizes, VOCAB_SIZE]
+        models = [GPTConfig(**shape, vocab_size=size, norm="preln") for size in sizes]
+        # Every held-out token passes the model twice.
+        judged = 2 * config.eval_bytes / self.volume.bytes_per_token
+        judging = len(config.budgets) * sum(forward_flops(model, judged) for model in models)
+        runs = len(config.budgets) * len(config.seeds) * len(sizes)
+        memory = self._training_memory(models[-1], config.micro_batch, config.precision)
+        processes = 1 if self._on_gpu else min(runs, self.plan.hardware.threads)
+        flops = len(config.seeds) * (sum(config.budgets) * len(sizes) + judging)
+        need = self._model_need(4 * SMALL_FILE, memory, flops, processes=processes)
+        # The text of the runs as int32 ids of every vocabulary.
+        ids = 4 * len(sizes) * min(config.text_bytes, self.volume.n_bytes) / self.volume.bytes_per_token
+        return replace(need, memory=need.memory + self._vocabulary_memory() + ids)
 
     def _norm_study(self) -> Need:
         config = self.plan.norm_study

@@ -14,6 +14,7 @@ from gpt2.prune import PruneConfig, count_removals
 from gpt2.repair import calibrate, remove_and_repair
 from gpt2.shards import TokenSet
 from gpt2.stage import Stage
+from gpt2.vocabulary import copy_vocabulary
 from gpt2.weights import load_model, save_model
 from gpt2.windows import spread_windows
 
@@ -52,6 +53,7 @@ def main() -> None:
         frontier = measure_frontier(model, orders, counts, calibration, evaluation, config.batch_size)
         chosen, removed = choose_removed(frontier, orders, config.limit_percent)
         pruned = remove_and_repair(model, removed, chosen.repair, calibration)
+        copy_vocabulary(MODEL, PRUNED)
         save_model(pruned, PRUNED)
         write_csv(FRONTIER, *tabulate(model, frontier))
         windows = {"calibration": seen, "scoring": scoring, "eval": evaluation}
