@@ -11,18 +11,15 @@ from gpt2.measures import (
     CRITERIA,
     EMBEDDINGS,
     REPAIRED,
-    WORD_GROUPS,
     measure_pruning,
     most_below_5,
     name_pruning,
     name_setting,
     read_norm_settings,
-    read_vocabularies,
     rise_at_15,
 )
 from gpt2.results import Results
 
-MAX_EXAMPLES = 12
 MAX_PAIRS = 5
 HEAD_FIGURES = (
     *("redundant_pairs", "redundant_heads", "heads", "mean_similarity"),
@@ -117,7 +114,7 @@ def describe_norms(results: Results, figures: Mapping[str, str]) -> str:
     picture = f"![Loss and gradient norm of each norm]({figures['norm_study']})"
     # The norms stand together at each setting.
     ordered = table.sort_values(["max_lr", "warmup_steps"], kind="stable")
-    return "\n\n".join((lead, norms, picture, _frame(ordered, columns)))
+    return "\n\n".join((lead, norms, picture, frame(ordered, columns)))
 
 
 def _tell_norm(norm: str, settings: pd.DataFrame) -> str:
@@ -164,32 +161,6 @@ def _tell_rescue(row: NamedTuple, settings: pd.DataFrame) -> str:
     return "".join(f"; {words}" for words in told)
 
 
-def describe_vocabularies(results: Results, figures: Mapping[str, str]) -> str:
-    """Fragmentation of words, length of sequences and cost of training by vocabulary, and some words cut up."""
-    columns: Columns = {
-        "name": ("Vocabulary", str),
-        "vocab_size": ("Size", number),
-        "bytes_per_token": ("Bytes per token", number),
-        **{f"{group}_tokens_per_word": (f"Tokens per {group} word", number) for group in WORD_GROUPS},
-        "flops_per_byte": ("Training FLOPs per byte", number),
-    }
-    vocabularies = read_vocabularies(results)
-    own = vocabularies[vocabularies["own"]]
-    small, large = own.iloc[0], own.iloc[-1]
-    tokens = _change(1 / small["bytes_per_token"], 1 / large["bytes_per_token"])
-    cost = _change(small["flops_per_byte"], large["flops_per_byte"])
-    lead = (
-        f"From {number(small['vocab_size'])} to {number(large['vocab_size'])} tokens of vocabulary, the tokens of a "
-        f"text change by {tokens} and the operations to train on it by {cost}. GPT-2's own vocabulary was learned on "
-        "another corpus and is left out of the comparison of sizes."
-    )
-    names = vocabularies["name"].tolist()
-    examples = results.texts("tokenizer/examples.csv", ["word", "group", *names]).head(MAX_EXAMPLES)
-    cuts = _frame(examples, {name: (name, literal) for name in ("word", "group", *names)})
-    picture = f"![Fragmentation, sequence length and cost]({figures['tokenizer']})"
-    return "\n\n".join((lead, picture, _frame(vocabularies, columns), "Bars mark where a word is cut:", cuts))
-
-
 def describe_heads(results: Results, figures: Mapping[str, str]) -> str:
     """Similarity of heads by layer against an untrained model, and the most similar pairs."""
     columns: Columns = {
@@ -220,7 +191,7 @@ def describe_heads(results: Results, figures: Mapping[str, str]) -> str:
         f"untrained {figure['untrained_mean_similarity']}: the causal mask alone makes patterns alike."
     )
     picture = f"![Similarity of all heads and by layer]({figures['heads']})"
-    return "\n\n".join((lead, picture, _frame(layers, columns), "The most similar pairs:", _frame(pairs, pair_columns)))
+    return "\n\n".join((lead, picture, frame(layers, columns), "The most similar pairs:", frame(pairs, pair_columns)))
 
 
 def describe_pruning(results: Results, figures: Mapping[str, str]) -> str:
@@ -284,12 +255,8 @@ def list_verdicts(rows: Sequence[Row], study: str) -> str:
     return "\n".join(f"- {row.claim.sentence}: **{row.verdict}** ({row.measured})." for row in chosen)
 
 
-def _frame(frame: pd.DataFrame, columns: Columns) -> str:
+def frame(frame: pd.DataFrame, columns: Columns) -> str:
     """A Markdown table of some columns; text stands left and numbers right."""
     align = "".join("r" if pd.api.types.is_numeric_dtype(frame[name]) else "l" for name in columns)
     cells = zip(*([write(value) for value in frame[name]] for name, (_, write) in columns.items()), strict=True)
     return table([heading for heading, _ in columns.values()], cells, align)
-
-
-def _change(before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.1f} %"

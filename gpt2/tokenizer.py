@@ -19,7 +19,7 @@ from tiktoken.load import data_gym_to_mergeable_bpe_ranks
 from gpt2.files import UserError, write_text
 from gpt2.vocabulary import SUFFIX, find_vocabulary
 
-GPT2 = "gpt2"
+GPT2, GPT2_VOCAB_SIZE = "gpt2", 50257
 # bpe_8192: trained on the corpus of the run, 8,192 tokens with end-of-text.
 TRAINED = re.compile(r"bpe_([1-9]\d*)")
 N_BYTES = 256

@@ -32,6 +32,7 @@ from gpt2.words import GROUPS, WordCounts, WordRules, band_words, count_words, g
 RENYI_ALPHA = 2.5
 # Shorter words are seldom cut.
 EXAMPLE_MIN_LETTERS = 6
+EXAMPLE_WAYS = 3
 LOGIT_BYTES = 4
 
 
@@ -239,24 +240,29 @@ def describe_words(occurrences: Counter[str], groups: Mapping[str, Counter[str]]
 def segment_examples(
     groups: Mapping[str, Counter[str]], encodings: Sequence[tiktoken.Encoding], n_examples: int
 ) -> list[dict[str, str]]:
-    """Segmentations of about `n_examples` words, an equal share of each group, as they stand after a space.
+    """Segmentations of `n_examples` words, an equal share of each group, as they stand after a space.
 
     A group's written forms of at least EXAMPLE_MIN_LETTERS are ordered by falling held-out count and taken at even
-    distances; a form shown for one group is left out of the next.
+    distances: of those that the vocabularies cut in EXAMPLE_WAYS ways or more as long as these suffice, for the others
+    show little. A form shown for one group is left out of the next.
     """
-    shown: dict[str, str] = {}
-    for name in GROUPS:
+    shown: dict[str, tuple[str, list[str]]] = {}
+    for i, name in enumerate(GROUPS):
         counts: Counter[str] = Counter()
         for word, n in groups[name].items():
             form = word.lstrip(" ")
             if len(form) >= EXAMPLE_MIN_LETTERS and form not in shown:
                 counts[form] += n
-        candidates = sorted(counts, key=lambda form: (-counts[form], form))
-        share = min(len(candidates), max(1, n_examples // len(GROUPS)))
-        shown |= {candidates[i * len(candidates) // share]: name for i in range(share)}
+        cuts = {form: [segment(form, encoding) for encoding in encodings] for form in counts}
+        share = max(1, (n_examples + len(GROUPS) - 1 - i) // len(GROUPS))
+        telling = [form for form in counts if len(set(cuts[form])) >= EXAMPLE_WAYS]
+        candidates = sorted(telling if len(telling) >= share else counts, key=lambda form: (-counts[form], form))
+        share = min(len(candidates), share)
+        for form in (candidates[k * len(candidates) // share] for k in range(share)):
+            shown[form] = name, cuts[form]
+    names = [encoding.name for encoding in encodings]
     return [
-        {"word": word, "group": group} | {encoding.name: segment(word, encoding) for encoding in encodings}
-        for word, group in shown.items()
+        {"word": form, "group": group} | dict(zip(names, cuts, strict=True)) for form, (group, cuts) in shown.items()
     ]
 
 

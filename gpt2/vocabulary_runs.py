@@ -33,11 +33,12 @@ from gpt2.words import GROUPS
 PARTS = ("", *(f"{group}_" for group in GROUPS))
 RUN_COLUMNS = (
     *("budget", "name", "vocab_size", "seed", "steps", "tokens", "bytes", "epochs", "flops"),
-    *("train_loss", "diverged", *(f"{part}bits_per_byte" for part in PARTS)),
+    *("train_loss", "diverged", *(f"{part}{key}" for part in PARTS for key in ("bits_per_byte", "even_bits_per_byte"))),
 )
 TABLE_COLUMNS = (
     *("budget", "name", "vocab_size", "seeds", "steps", "tokens", "bytes", "diverged"),
     *(f"{part}bits_per_byte{end}" for part in PARTS for end in ("", "_low", "_high")),
+    *(f"{part}even_bits_per_byte" for part in PARTS),
 )
 # A schedule of fewer steps is no training.
 MIN_STEPS = 5
@@ -157,23 +158,30 @@ def stream_losses(model: GPT, stream: Tensor, batch_size: int, precision: Precis
     return torch.cat([losses[0, : T - stride], losses[:, T - stride :].flatten()])[:n_targets]
 
 
+def count_steps(budget: float, config: VocabularyRunsConfig, vocab_size: int) -> tuple[int, int]:
+    """Steps that a budget pays for, and the FLOPs of one. Raises UserError if these are less than MIN_STEPS."""
+    flops = training_flops_per_token(config, vocab_size) * config.batch_windows * config.block_size
+    steps = round(budget / flops)
+    if steps < MIN_STEPS:
+        raise UserError(
+            f"vocabulary_runs.budgets={budget:g} pays for {steps} steps with a vocabulary of {vocab_size}, each of "
+            f"{flops:.3g} FLOPs; raise it to {MIN_STEPS * flops:.3g} or more, or lower vocabulary_runs.batch_windows"
+        )
+    return steps, flops
+
+
 def train_run(
     setting: Setting, config: VocabularyRunsConfig, text: RunText, device: torch.device
 ) -> dict[str, float | str]:
     """Train one model from its seed as long as its budget lasts; its row, as in RUN_COLUMNS.
 
-    Bits per byte are infinite if the run diverged. Raises UserError if the budget pays for less than MIN_STEPS.
+    Bits per byte are infinite if the run diverged; the `even` ones are of guessing all tokens alike. Raises UserError
+    if the budget pays for less than MIN_STEPS.
     """
     values = config.model_dump()
     shape = {key: values[key] for key in ModelShape.model_fields}
+    steps, step_flops = count_steps(setting.budget, config, text.vocab_size)
     tokens_per_step = config.batch_windows * config.block_size
-    step_flops = training_flops_per_token(ModelShape(**shape), text.vocab_size) * tokens_per_step
-    steps = round(setting.budget / step_flops)
-    if steps < MIN_STEPS:
-        raise UserError(
-            f"vocabulary_runs.budgets={setting.budget:g} pays for {steps} steps with {setting.name}, each of "
-            f"{step_flops:.3g} FLOPs; raise it to {MIN_STEPS * step_flops:.3g} or more, or lower batch_windows"
-        )
     schedule = OptimConfig(
         **{key: values[key] for key in AdamConfig.model_fields},
         max_steps=steps,
@@ -202,6 +210,8 @@ def train_run(
     for part, mark in text.marks.items():
         bits = math.inf if diverged else losses[mark].sum().item() / math.log(2) / text.sizes[part]
         row[f"{part}bits_per_byte"] = bits
+        # Guessing all tokens alike: what a vocabulary achieves without a model.
+        row[f"{part}even_bits_per_byte"] = int(mark.sum()) * math.log2(text.vocab_size) / text.sizes[part]
     return row
 
 
@@ -227,7 +237,7 @@ def table_rows(runs: Sequence[Mapping[str, float | str]]) -> list[dict[str, floa
             values = [run[f"{part}bits_per_byte"] for run in same]
             key = f"{part}bits_per_byte"
             row |= {key: sum(values) / len(values), f"{key}_low": min(values), f"{key}_high": max(values)}
-        rows.append(row)
+        rows.append(row | {f"{part}even_bits_per_byte": same[0][f"{part}even_bits_per_byte"] for part in PARTS})
     return rows
 
 
@@ -243,7 +253,7 @@ def run_figures(rows: Sequence[Mapping[str, float | str]], texts: Mapping[str, R
     }
     for row in rows:
         if row["budget"] == largest and not row["diverged"]:
-            keys = (f"{part}bits_per_byte" for part in PARTS)
+            keys = (f"{part}{key}" for part in PARTS for key in ("bits_per_byte", "even_bits_per_byte"))
             figures |= {f"{row['name']}_{key}": row[key] for key in keys}
     for number, (budget, group) in enumerate(itertools.groupby(rows, key=lambda row: row["budget"]), start=1):
         best = min(group, key=lambda row: row["bits_per_byte"])

@@ -24,6 +24,7 @@ from gpt2.schema import SECTIONS
 from gpt2.scoring import HellaswagConfig
 from gpt2.shape import ModelShape
 from gpt2.tokenize import TokenizeConfig
+from gpt2.tokenizer import GPT2_VOCAB_SIZE as VOCAB_SIZE
 from gpt2.tokenizer import trained_size
 from gpt2.tokenizer_study import TokenizerStudyConfig
 from gpt2.train import TrainConfig
@@ -31,7 +32,6 @@ from gpt2.train_results import training_flops_per_token
 from gpt2.vocabulary_runs import VocabularyRunsConfig
 from gpt2.volume import DOCS_ZSTD, PROSE_ZSTD, WORD_BYTES, Volume
 
-VOCAB_SIZE = 50257
 GIB = 2**30
 
 # HellaSwag's validation split: items, bytes of one as JSON, tokens of a row (context and ending) and of its ending.

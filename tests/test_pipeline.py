@@ -38,9 +38,10 @@ LAYERS = {
     "core": "model cache layers weights pretrained checkpoint optim data windows tokenizer items corpus docstrings "
     "sources vocabulary",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
-    "train_results short_runs norm_study vocabulary_runs generate card export heads redundancy criteria prune prunability repair frontier",
+    "train_results short_runs norm_study vocabulary_runs generate card export heads redundancy criteria "
+    "prune prunability repair frontier",
     "whole": "schema volume workload forecast storage preflight check",
-    "report": "hellaswag results measures claims studies figures report plots_page status",
+    "report": "hellaswag results measures claims studies vocabulary_section figures report plots_page status",
 }
 HEIGHTS = {module: height for height, modules in enumerate(LAYERS.values()) for module in modules.split()}
 TEXT_STAGES = ("prepare", "benchmark", "tokenize")
