@@ -1,12 +1,17 @@
 """The benchmark refuses what it cannot measure, and its table divides by the named baseline."""
 
+import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
 import bench.__main__ as bench
-from bench import generate, gpu_table, hellaswag, optimizers
+from bench import generate, gpu_table, hellaswag, optimizers, vocabularies
 from gpt2.files import read_json
 from gpt2.items import tokenize_items
 from gpt2.params import load, read
@@ -15,6 +20,7 @@ from gpt2.shape import ModelShape
 from gpt2.tokenizer import load_encoding
 from tests.analysed import VOCAB_SIZE, make_model
 from tests.closure import ROOT
+from tests.test_end_to_end import read_docstrings
 from tests.test_harness import random_model
 from tests.test_items import ITEMS
 
@@ -151,3 +157,29 @@ def test_pages_notice_a_measurement_that_changed(monkeypatch):
     assert same in gpu_table.describe(results)
     results["exact-killed"]["sha256"] = "0"
     assert same not in gpu_table.describe(results)
+
+
+def test_vocabularies_of_a_corpus_are_trained_and_told(tmp_path, monkeypatch, capsys):
+    values = read(ROOT / "params.yaml")
+    values["full"]["tokenizer_study"] |= {
+        **{"vocab_sizes": [300, 400], "compound_part_min_count": 3, "technical_min_count": 5},
+        "technical_min_residual_idf": 0.5,
+    }
+    # JSON is YAML.
+    (tmp_path / "params.yaml").write_text(json.dumps(values))
+    texts = [*read_docstrings()]
+    pq.write_table(pa.table({"text": texts, "id": [str(i) for i in range(len(texts))]}), tmp_path / "a.parquet")
+    monkeypatch.chdir(tmp_path)
+    vocabularies.main(["a.parquet"])
+    page = (tmp_path / vocabularies.RESULT).read_text(encoding="utf-8")
+    assert page in capsys.readouterr().out and page == vocabularies.tabulate(read_json(vocabularies.DATA))
+    assert [read_cells(page, size)[0] for size in ("300", "400")] == ["300", "400"]
+    data = read_json(vocabularies.DATA)
+    seconds = data["seconds"]
+    assert seconds["all"] == pytest.approx(sum(seconds.values()) - seconds["all"])
+    assert 0.01 < data["speed"]["bpe_300_train_peak_memory_gib"] <= data["peak_gib"]
+
+
+def test_the_benchmark_of_vocabularies_needs_no_torch():
+    code = "import sys, bench.vocabularies; sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
