@@ -41,7 +41,7 @@ print(tokenizer.decode(model.generate(**prompt, max_new_tokens=50, do_sample=Tru
 ```"""
 
 
-def write_card(model: GPT, folder: Path) -> str:
+def write_card(model: GPT, folder: Path, encoding: str = "gpt2") -> str:
     """README.md of the exported `model` of `folder`, with its metrics where folder is one of the pipeline's.
 
     A figure whose file or key is missing is left out.
@@ -51,13 +51,14 @@ def write_card(model: GPT, folder: Path) -> str:
     metrics = _read_metrics(place.parent.parent) if ours else {}
     recorded = _read_recorded(place.parent.parent) if ours else {}
     config = model.config
+    origin = "GPT-2's" if encoding == "gpt2" else f"`{encoding}`, trained on the same corpus:"
     shape = [
         ("Parameters", number(model.n_params())),
         ("Layers", number(config.n_layer)),
         ("Heads of a layer", number(config.n_head)),
         ("Channels", number(config.n_embd)),
         ("Context (tokens)", number(config.block_size)),
-        ("Vocabulary", f"{number(config.vocab_size)} (GPT-2's byte-level BPE)"),
+        ("Vocabulary", f"{number(config.vocab_size)} ({origin} byte-level BPE)"),
         ("Layer norm", "before attention and MLP (Pre-LN)"),
     ]
     if config.heads is not None:

@@ -226,6 +226,16 @@ CLAIMS = (
         "`flops_per_byte` in tokenizer/vocabularies.csv falls from each size to the next",
         partial(measures.measure_vocabularies, column="flops_per_byte"),
     ),
+    *(
+        Claim(
+            "vocabularies",
+            f"On the same computation, a larger vocabulary predicts {words} better",
+            f"`{key}` in tokenizer/runs_table.csv, at the largest budget: highest seed of the largest size < lowest "
+            "seed of the smallest",
+            partial(measures.measure_vocabulary_runs, column=key),
+        )
+        for words, key in (("text", "bits_per_byte"), ("rare words", "rare_bits_per_byte"))
+    ),
     Claim(
         "run",
         "The model generates text",

@@ -5,21 +5,27 @@ python -m gpt2.export --model models/gpt2 --out exported
 
 import argparse
 import hashlib
+import json
+import math
 import os
 import shutil
 import sys
+from collections.abc import Mapping
+from itertools import pairwise
 from pathlib import Path
 
 import safetensors.torch
+import tiktoken
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
+from gpt2.bpe import byte_of_character
 from gpt2.card import write_card
 from gpt2.files import UserError, write_json, write_text
 from gpt2.model import GPT, CausalSelfAttention, GPTConfig
 from gpt2.pretrained import CONFIG, MIN_PIN, PREFIX, WEIGHTS, is_transposed
-from gpt2.tokenizer import END_OF_TEXT, load_encoding, vocabulary_file
+from gpt2.tokenizer import END_OF_TEXT, GPT2, encoding_of, ranked_tokens, vocabulary_file
 from gpt2.weights import load_model
 
 # Names under which transformers looks for OpenAI's two files.
@@ -30,22 +36,22 @@ def export_model(folder: Path | str, out: Path | str) -> Path:
     """Write the model of `folder` to the new folder `out`, and return that.
 
     `out` appears at the end, whole. Removed heads come back as zeros, which compute the same. Raises UserError if the
-    norm is not preln or the vocabulary not GPT-2's, and if `out` is in use.
+    norm is not preln or the vocabulary not that of the folder, and if `out` is in use.
     """
     folder, out = Path(folder), Path(out)
     if out.exists() and not (out.is_dir() and not any(out.iterdir())):
         raise UserError(f"--out {out} is in use; name a new folder, or remove it first (rm -r {out})")
-    model = load_model(folder)
-    _require_stock(model.config)
+    model, encoding = load_model(folder), encoding_of(folder)
+    _require_stock(model.config, encoding)
     temporary = out.with_name(f".{out.name}.{os.getpid()}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
         state = {f"{PREFIX}{name}": tensor for name, tensor in stock_weights(model).items()}
         safetensors.torch.save_file(state, temporary / WEIGHTS, metadata={"format": "pt"})
-        _write_tokenizer(temporary, model.config.block_size)
-        write_text(temporary / "README.md", write_card(model, folder))
-        write_json(temporary / CONFIG, stock_config(model.config))
+        _write_tokenizer(temporary, encoding, model.config.block_size)
+        write_text(temporary / "README.md", write_card(model, folder, encoding.name))
+        write_json(temporary / CONFIG, stock_config(model.config, encoding.eot_token))
         os.replace(temporary, out)
     except OSError as error:
         raise UserError(f"--out {out} cannot be written ({error}); make room, or name another folder") from error
@@ -54,7 +60,7 @@ def export_model(folder: Path | str, out: Path | str) -> Path:
     return out
 
 
-def _require_stock(config: GPTConfig) -> None:
+def _require_stock(config: GPTConfig, encoding: tiktoken.Encoding) -> None:
     """Raise UserError if the classes of transformers cannot express the model."""
     if config.norm != "preln":
         raise UserError(
@@ -62,7 +68,6 @@ def _require_stock(config: GPTConfig) -> None:
             "(preln) and would compute something else; use this model with gpt2.weights.load_model, or export one "
             "trained with norm=preln"
         )
-    encoding = load_encoding()
     if config.vocab_size != encoding.n_vocab:
         raise UserError(
             f"the model has vocab_size={config.vocab_size}, and the tokenizer to export with it, {encoding.name}, has "
@@ -70,9 +75,8 @@ def _require_stock(config: GPTConfig) -> None:
         )
 
 
-def stock_config(config: GPTConfig) -> dict:
+def stock_config(config: GPTConfig, eot_token: int) -> dict:
     """config.json of GPT2LMHeadModel. There is no dropout, as in the training here."""
-    eot_token = load_encoding().eot_token
     return {
         "architectures": ["GPT2LMHeadModel"],
         "model_type": "gpt2",
@@ -129,10 +133,40 @@ def _pad_heads(attn: CausalSelfAttention, config: GPTConfig) -> dict[str, Tensor
     }
 
 
-def _write_tokenizer(folder: Path, block_size: int) -> None:
-    """OpenAI's two files as they are, the same as one tokenizer.json, and what AutoTokenizer needs beside them."""
-    for name, original in TOKENIZER_FILES.items():
-        shutil.copyfile(vocabulary_file(original), folder / name)
+def split_token(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
+    """The two tokens that were merged into `token`: BPE of its bytes, up to the last merge."""
+    parts = [token[i : i + 1] for i in range(len(token))]
+    while len(parts) > 2:
+        merged = [ranks.get(left + right, math.inf) for left, right in pairwise(parts)]
+        first = merged.index(min(merged))
+        parts[first : first + 2] = [parts[first] + parts[first + 1]]
+    return parts[0], parts[1]
+
+
+def _write_vocabulary(folder: Path, encoding: tiktoken.Encoding) -> None:
+    """A trained vocabulary in the form of OpenAI's two files: ids of tokens, and pairs in the order of their merges."""
+    tokens = ranked_tokens(encoding)
+    ranks = {token: rank for rank, token in enumerate(tokens)}
+    character_of = {byte: character for character, byte in byte_of_character().items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(character_of[byte] for byte in token)
+
+    ids = {**{spell(token): rank for token, rank in ranks.items()}, END_OF_TEXT: encoding.eot_token}
+    # In the order of the ids, as OpenAI's file; write_json would sort by name.
+    write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False))
+    merges = (" ".join(map(spell, split_token(token, ranks))) for token in tokens if len(token) > 1)
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
+
+
+def _write_tokenizer(folder: Path, encoding: tiktoken.Encoding, block_size: int) -> None:
+    """OpenAI's two files as they are, or a trained vocabulary in their form; the same as one tokenizer.json; and what
+    AutoTokenizer needs beside them."""
+    if encoding.name == GPT2:
+        for name, original in TOKENIZER_FILES.items():
+            shutil.copyfile(vocabulary_file(original), folder / name)
+    else:
+        _write_vocabulary(folder, encoding)
     tokenizer = Tokenizer(models.BPE.from_file(*(str(folder / name) for name in TOKENIZER_FILES)))
     tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     tokenizer.post_processor = processors.ByteLevel(trim_offsets=False)
@@ -150,8 +184,8 @@ def _write_tokenizer(folder: Path, block_size: int) -> None:
         "clean_up_tokenization_spaces": False,
     }
     write_json(folder / "tokenizer_config.json", settings)
-    eot_token = load_encoding().eot_token
-    write_json(folder / "generation_config.json", {"bos_token_id": eot_token, "eos_token_id": eot_token})
+    ends = {"bos_token_id": encoding.eot_token, "eos_token_id": encoding.eot_token}
+    write_json(folder / "generation_config.json", ends)
 
 
 def main(argv: list[str] | None = None) -> None:

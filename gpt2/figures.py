@@ -20,12 +20,14 @@ from gpt2.measures import (
     HELLASWAG_CHANCE,
     MAX_RISE_PERCENT,
     PRUNED_RATES,
+    REFERENCE_ENCODING,
     REPAIRED,
     REPAIRS,
     SIMILARITIES,
     WORD_GROUPS,
     name_pruning,
     read_vocabularies,
+    read_vocabulary_runs,
     standard_error,
 )
 from gpt2.results import Results
@@ -208,11 +210,60 @@ def draw_tokenizer(results: Results) -> Figure:
     for axes, label in zip(
         (words, lengths, costs), ("Tokens per word", "Bytes per token", "Training cost (MFLOPs per byte)"), strict=True
     ):
-        axes.set(xscale="log", xlabel="Vocabulary size (tokens)", ylabel=label)
-        axes.set_xticks(table["vocab_size"], [f"{size / 1000:.3g}k" for size in table["vocab_size"]], rotation=45)
-        axes.minorticks_off()
+        axes.set_ylabel(label)
+        _vocabulary_axis(axes, table["vocab_size"])
     lengths.plot([], [], "o", color=INK, markerfacecolor="white", label="GPT-2's own vocabulary")
     _legend(figure, [words, lengths])
+    return figure
+
+
+def draw_bands(results: Results) -> Figure:
+    """Tokens per word and words in three or more tokens, from very frequent words to unseen ones, by vocabulary."""
+    columns = ["name", "vocab_size", "band", "tokens_per_word", "words_in_three_or_more_percent"]
+    table = results.table("tokenizer/bands.csv", columns)
+    names = table.sort_values("vocab_size", kind="stable")["name"].unique().tolist()
+    bands = table["band"].unique().tolist()
+    own = [name for name in names if name != REFERENCE_ENCODING]
+    colours = dict(zip(own, colormaps["cividis_r"](np.linspace(0.15, 1, len(own))), strict=True))
+    figure, panels = _panels(2, 3.7)
+    labels = {"tokens_per_word": "Tokens per word", "words_in_three_or_more_percent": "In three or more tokens (%)"}
+    for axes, (column, label) in zip(panels, labels.items(), strict=True):
+        for name in names:
+            rows = table[table["name"] == name].set_index("band")[column].reindex(bands)
+            if name in colours:
+                axes.plot(range(len(bands)), rows, "o-", color=colours[name], markersize=3, label=name)
+            else:
+                style = {"markerfacecolor": "white", "markersize": 5, "label": "GPT-2's own vocabulary"}
+                axes.plot(range(len(bands)), rows, "D--", color=CRITERION_COLOURS["redundancy"], **style)
+        axes.set_xticks(range(len(bands)), bands, rotation=30, ha="right", rotation_mode="anchor")
+        axes.set(xlabel="Occurrences of the word in the training text", ylabel=label)
+    _legend(figure, panels[:1], columns=4)
+    return figure
+
+
+def draw_vocabulary_runs(results: Results) -> Figure:
+    """Bits per byte of the small models against vocabulary, a line a budget, bars from lowest to highest seed."""
+    table = read_vocabulary_runs(results)
+    budgets = table["budget"].unique()
+    colours = colormaps["cividis_r"](np.linspace(0.35, 1, len(budgets)))
+    figure, panels = _panels(2, 3.6)
+    for axes, (part, label) in zip(panels, {"": "all text", "rare_": "rare words"}.items(), strict=True):
+        key = f"{part}bits_per_byte"
+        for budget, colour, marker in zip(budgets, colours, itertools.cycle(MARKERS)):
+            for own, line in ((True, "-"), (False, "")):
+                rows = table[(table["budget"] == budget) & (table["own"] == own)]
+                spread = (rows[key] - rows[f"{key}_low"], rows[f"{key}_high"] - rows[key])
+                style = {"color": colour, "markersize": 5, "elinewidth": 1, "capsize": 2, "linestyle": line}
+                filled = {} if own else {"markerfacecolor": "white"}
+                told = f"{budget:.3g} FLOPs" if own else None
+                axes.errorbar(rows["vocab_size"], rows[key], spread, marker=marker, label=told, **style, **filled)
+        even = table[table["own"]].drop_duplicates("vocab_size")
+        axes.plot(even["vocab_size"], even[f"{part}even_bits_per_byte"], ":", color=GREY, label="all tokens alike")
+        axes.set_title(label, size=9, color=INK)
+        _vocabulary_axis(axes, table["vocab_size"].unique())
+    panels[0].plot([], [], "o", color=INK, markerfacecolor="white", label="GPT-2's own vocabulary")
+    panels[0].set_ylabel("Bits per byte of held-out text")
+    _legend(figure, panels[:1])
     return figure
 
 
@@ -406,6 +457,8 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
     "layers": draw_layers,
     "norm_study": draw_norm_study,
     "tokenizer": draw_tokenizer,
+    "bands": draw_bands,
+    "vocabulary_runs": draw_vocabulary_runs,
     "heads": draw_heads,
     "head_layers": draw_head_layers,
     "head_nulls": draw_head_nulls,
@@ -439,6 +492,13 @@ def _token_axis(axes: Axes, most: int) -> float:
     )
     axes.set_xlabel(f"Tokens seen ({name})")
     return unit
+
+
+def _vocabulary_axis(axes: Axes, sizes: Iterable[int]) -> None:
+    """A horizontal axis of vocabulary sizes."""
+    axes.set(xscale="log", xlabel="Vocabulary size (tokens)")
+    axes.set_xticks(sizes, [f"{size / 1000:.3g}k" for size in sizes], rotation=45)
+    axes.minorticks_off()
 
 
 def _log_axis(axes: Axes) -> None:

@@ -17,6 +17,7 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import tiktoken
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
@@ -25,7 +26,7 @@ from gpt2.cache import Cache
 from gpt2.files import UserError
 from gpt2.model import GPT
 from gpt2.params import Config, build
-from gpt2.tokenizer import load_encoding
+from gpt2.tokenizer import encoding_of, load_encoding
 from gpt2.weights import load_model
 
 
@@ -125,21 +126,27 @@ def _draw(logits: Tensor, sampling: SamplingConfig, generators: list[torch.Gener
     return ids.expand(len(generators), -1).gather(-1, torch.stack(drawn)).squeeze(-1)
 
 
-def stream(model: GPT | Path | str, prompt: str = "", **sampling) -> Iterator[tuple[int, str]]:
+def stream(
+    model: GPT | Path | str, prompt: str = "", encoding: tiktoken.Encoding | None = None, **sampling
+) -> Iterator[tuple[int, str]]:
     """Yield (number of the sequence from 0, text) as the text is drawn; the texts of a number make its continuation.
 
-    `model` is a model or the folder of one, which goes to the GPU if there is one; `sampling` are the fields of
-    SamplingConfig. An empty prompt starts a document. No character is yielded before all its bytes are drawn; bytes
-    that are no UTF-8, as at a cut by max_tokens, become U+FFFD. Raises UserError for a setting that cannot be, a folder
-    without a model, or a model with another vocabulary than GPT-2's, before anything is drawn.
+    `model` is a model or the folder of one, which goes to the GPU if there is one; `encoding` is by default that of the
+    folder, for a model GPT-2's; `sampling` are the fields of SamplingConfig. An empty prompt starts a document. No
+    character is yielded before all its bytes are drawn; bytes that are no UTF-8, as at a cut by max_tokens, become
+    U+FFFD. Raises UserError for a setting that cannot be, a folder without a model, or a model with another vocabulary
+    than the encoding, before anything is drawn.
     """
     settings = build(SamplingConfig, sampling, "generate")
+    if encoding is None:
+        encoding = load_encoding() if isinstance(model, GPT) else encoding_of(Path(model))
     model = model if isinstance(model, GPT) else load_for_generation(Path(model))
-    return _pieces(model, encode_prompt(model, prompt), settings)
+    return _pieces(model, encode_prompt(model, prompt, encoding), settings, encoding)
 
 
-def _pieces(model: GPT, prompt: list[int], sampling: SamplingConfig) -> Iterator[tuple[int, str]]:
-    encoding = load_encoding()
+def _pieces(
+    model: GPT, prompt: list[int], sampling: SamplingConfig, encoding: tiktoken.Encoding
+) -> Iterator[tuple[int, str]]:
     decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(sampling.num_seq)]
     for drawn in draw_tokens(model, torch.tensor(prompt), sampling, encoding.eot_token):
         for number, token in drawn.items():
@@ -150,10 +157,12 @@ def _pieces(model: GPT, prompt: list[int], sampling: SamplingConfig) -> Iterator
             yield number, piece
 
 
-def generate(model: GPT | Path | str, prompt: str = "", **sampling) -> list[str]:
+def generate(
+    model: GPT | Path | str, prompt: str = "", encoding: tiktoken.Encoding | None = None, **sampling
+) -> list[str]:
     """The `num_seq` continuations of `prompt`, without it. Arguments and errors are those of `stream`."""
     texts = [""] * build(SamplingConfig, sampling, "generate").num_seq
-    for number, piece in stream(model, prompt, **sampling):
+    for number, piece in stream(model, prompt, encoding, **sampling):
         texts[number] += piece
     return texts
 
@@ -163,16 +172,15 @@ def load_for_generation(folder: Path) -> GPT:
     return load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
 
 
-def encode_prompt(model: GPT, prompt: str) -> list[int]:
+def encode_prompt(model: GPT, prompt: str, encoding: tiktoken.Encoding) -> list[int]:
     """Token ids of `prompt`, an end-of-text token if it is empty.
 
-    Raises UserError if the model has another vocabulary than GPT-2's.
+    Raises UserError if the model has another vocabulary than the encoding.
     """
-    encoding = load_encoding()
     if encoding.n_vocab != model.config.vocab_size:
         raise UserError(
             f"the model has vocab_size={model.config.vocab_size}, encoding {encoding.name} has {encoding.n_vocab}; "
-            "generate with a model that was trained with this encoding"
+            "generate with the encoding that the model was trained with, which lies in the folder of the model"
         )
     return encoding.encode_ordinary(prompt) or [encoding.eot_token]
 
@@ -188,9 +196,9 @@ def main(argv: list[str] | None = None) -> None:
     folder, prompt = options.pop("model"), options.pop("prompt")
     try:
         settings = build(SamplingConfig, options, "generate")
-        model = load_for_generation(folder)
-        _warn_of_cut(len(encode_prompt(model, prompt)), model.config.block_size)
-        _write(prompt, stream(model, prompt, **options), settings.num_seq)
+        model, encoding = load_for_generation(folder), encoding_of(folder)
+        _warn_of_cut(len(encode_prompt(model, prompt, encoding)), model.config.block_size)
+        _write(prompt, stream(model, prompt, encoding, **options), settings.num_seq)
     except UserError as error:
         raise SystemExit(f"generate: {error}") from error
     except KeyboardInterrupt:

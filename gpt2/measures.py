@@ -14,8 +14,11 @@ from gpt2.results import Results
 Finding = tuple[bool | None, str]
 
 REFERENCE_PARAMS = 124_439_808
+REFERENCE_ENCODING = "gpt2"
 REFERENCE_STEPS = 95_365
 REFERENCE_TOKENS_PER_STEP = 524_288
+# Training FLOPs (PaLM's count) of all steps.
+REFERENCE_FLOPS = 4.27e19
 REFERENCE_GPU_HOURS = 2 * 46
 # Of OpenAI's weights on the validation shard of FineWeb-Edu (build-nanogpt).
 REFERENCE_VAL_LOSS = 3.2924
@@ -80,6 +83,12 @@ REPAIR_GAIN = 2
 # One of four endings is right.
 HELLASWAG_CHANCE = 0.25
 WORD_GROUPS = ("rare", "compound", "technical")
+VOCABULARY_COLUMNS = (
+    *("name", "vocab_size", "bytes_per_token", "tokens_per_document", "documents_in_context_percent"),
+    *("renyi_efficiency", "tokens_per_word", "words_kept_whole_percent", "words_in_three_or_more_percent"),
+    *("embedding_params", "embedding_params_percent", "logits_bytes", "flops_per_byte"),
+)
+BITS_COLUMNS = ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", "even_bits_per_byte")
 # The embeddings' number among the layers of train/layers.csv.
 EMBEDDINGS = -1
 # Attention kernels that never hold a T x T matrix of scores.
@@ -161,7 +170,9 @@ def measure_learning(results: Results) -> Finding:
 
 
 def measure_validation_loss(results: Results) -> Finding:
-    loss = results.value("train.val_loss")
+    loss, encoding = results.value("train.val_loss"), results.value("tokens.encoding")
+    if encoding != REFERENCE_ENCODING:
+        return None, f"{number(loss)} nats per token of {encoding}, another unit"
     return loss <= REFERENCE_VAL_LOSS, f"{number(loss)} nats per token on this corpus"
 
 
@@ -360,9 +371,9 @@ def read_vocabularies(results: Results) -> pd.DataFrame:
     `own` is False for GPT-2's, which was learned on another corpus and so stands outside the comparison of sizes.
     """
     groups = [f"{group}_tokens_per_word" for group in WORD_GROUPS]
-    columns = ["name", "vocab_size", "bytes_per_token", "flops_per_byte", *groups]
+    columns = [*VOCABULARY_COLUMNS, *groups]
     table = results.table("tokenizer/vocabularies.csv", columns).sort_values("vocab_size", ignore_index=True)
-    return table.assign(own=table["name"] != "gpt2")
+    return table.assign(own=table["name"] != REFERENCE_ENCODING)
 
 
 def measure_vocabularies(results: Results, column: str, rising: bool = False) -> Finding:
@@ -372,6 +383,35 @@ def measure_vocabularies(results: Results, column: str, rising: bool = False) ->
     sizes = f"{number(own['vocab_size'].min())} to {number(own['vocab_size'].max())} tokens"
     measured = f"{', '.join(map(number, values))} from {sizes} of vocabulary"
     return falls(values[::-1] if rising else values) if len(values) > 1 else None, measured
+
+
+def read_vocabulary_runs(results: Results) -> pd.DataFrame:
+    """The small models of the tokenizer study: a row for each budget and vocabulary, both from the smallest on.
+
+    `own` as in `read_vocabularies`. Bits per byte are NaN where a run diverged.
+    """
+    bits = [f"{part}{key}" for part in ("", "rare_") for key in BITS_COLUMNS]
+    columns = ["budget", "name", "vocab_size", "seeds", "steps", "bytes", *bits]
+    table = results.table("tokenizer/runs_table.csv", columns)
+    return table.sort_values(["budget", "vocab_size"], ignore_index=True).assign(
+        own=lambda rows: rows["name"] != REFERENCE_ENCODING
+    )
+
+
+def best_by_budget(runs: pd.DataFrame) -> pd.DataFrame:
+    """Of the vocabularies trained here, the row with the fewest bits per byte at each budget."""
+    own = runs[runs["own"]].dropna(subset=["bits_per_byte"])
+    return own.loc[own.groupby("budget")["bits_per_byte"].idxmin()]
+
+
+def measure_vocabulary_runs(results: Results, column: str) -> Finding:
+    runs = read_vocabulary_runs(results)
+    own = runs[runs["own"] & (runs["budget"] == runs["budget"].max())]
+    sizes = f"{number(own['vocab_size'].min())} to {number(own['vocab_size'].max())} tokens"
+    measured = f"{', '.join(map(number, own[column]))} from {sizes} of vocabulary"
+    small, large = own.iloc[0], own.iloc[-1]
+    # NaN, of runs that diverged, is below nothing.
+    return bool(large[f"{column}_high"] < small[f"{column}_low"]) if len(own) > 1 else None, measured
 
 
 def measure_generation(results: Results) -> Finding:

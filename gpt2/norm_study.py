@@ -3,24 +3,21 @@
 import itertools
 import math
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
-from torch import nn
 
-from gpt2.data import sample_windows
-from gpt2.dist import Precision, autocast, setup_device
+from gpt2.dist import Precision
 from gpt2.evaluate import mean_loss
 from gpt2.hardware import HardwareConfig
 from gpt2.model import GPT, GPTConfig, Norm
-from gpt2.optim import AdamConfig, OptimConfig, build_optimizer, lr_at
+from gpt2.optim import AdamConfig, OptimConfig
 from gpt2.shape import ModelShape
 from gpt2.shards import TokenSet
-from gpt2.stability import DivergenceWatch, count_spikes, has_stalled
+from gpt2.short_runs import order_windows, run_each, train_windows
+from gpt2.stability import count_spikes, has_stalled
 from gpt2.windows import spread_windows
 
 SETTING_COLUMNS = ("norm", "max_lr", "warmup_steps")
@@ -146,18 +143,7 @@ def run_study(config: NormStudyConfig, data: StudyData, hardware: HardwareConfig
         Setting(*values)
         for values in itertools.product(config.norms, config.max_lrs, config.warmup_steps, config.seeds)
     ]
-    if torch.cuda.is_available():
-        device = setup_device(hardware)
-        return [train_run(setting, config, data, device) for setting in settings]
-    # A run is too small to share: one thread each beats all threads on one.
-    with ProcessPoolExecutor(
-        hardware.threads,
-        mp_context=get_context("spawn"),
-        initializer=setup_device,
-        initargs=(hardware, hardware.threads),
-    ) as pool:
-        futures = [pool.submit(train_run, setting, config, data, torch.device("cpu")) for setting in settings]
-        return [future.result() for future in futures]
+    return run_each(train_run, [(setting, config, data) for setting in settings], hardware)
 
 
 def train_run(setting: Setting, config: NormStudyConfig, data: StudyData, device: torch.device) -> RunResult:
@@ -174,36 +160,13 @@ def train_run(setting: Setting, config: NormStudyConfig, data: StudyData, device
         warmup_steps=setting.warmup_steps,
     )
     model = GPT(shape, setting.seed).to(device)
-    optimizer = build_optimizer(model, schedule)
-    parameters = list(model.parameters())
-    samples = np.arange(config.max_steps * config.batch_windows)
-    order = sample_windows(samples, len(data.train), setting.seed).reshape(config.max_steps, config.batch_windows)
-    losses, grad_norms, watch = [], [], DivergenceWatch()
-    diverged_at_step = -1
-    for step in range(config.max_steps):
-        batch = data.train[order[step]].to(device)
-        loss = 0.0
-        for windows in batch.split(config.micro_batch):
-            with autocast(device, config.precision):
-                part = model(windows[:, :-1], windows[:, 1:]) * (len(windows) / len(batch))
-            part.backward()
-            loss += part.item()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, config.grad_clip).item()
-        if watch.update(loss, grad_norm):
-            diverged_at_step = step
-            break
-        losses.append(loss)
-        grad_norms.append(grad_norm)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, schedule)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-    # Not max(), which may pass over what is not a number.
-    max_grad_norm = float(np.max([*grad_norms, grad_norm]))
+    order = order_windows(len(data.train), config.max_steps, config.batch_windows, setting.seed)
+    curve = train_windows(model, schedule, data.train, order, config.micro_batch, config.precision)
+    diverged_at_step = curve.diverged_at_step
     val_loss = mean_loss(model, data.val, config.micro_batch, config.precision)
     if diverged_at_step < 0 and not math.isfinite(val_loss):
         diverged_at_step = config.max_steps
-    return RunResult(setting, losses, grad_norms, max_grad_norm, val_loss, diverged_at_step)
+    return RunResult(setting, curve.losses, curve.grad_norms, curve.max_grad_norm, val_loss, diverged_at_step)
 
 
 def run_rows(results: Sequence[RunResult], data: StudyData) -> list[tuple]:

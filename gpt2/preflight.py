@@ -24,7 +24,7 @@ from gpt2.params import PARAMS_FILE
 from gpt2.pretrained import check_source
 from gpt2.schema import check
 from gpt2.storage import Demand, Links, device, nearest
-from gpt2.tokenizer import SHA256, VOCABULARY_PACKAGE, load_encoding
+from gpt2.tokenizer import SHA256, VOCABULARY_PACKAGE, load_encoding, trained_size
 from gpt2.units import show_count, show_size, show_time
 from gpt2.volume import Volume
 from gpt2.workload import GIB, Plan
@@ -35,7 +35,7 @@ PROJECT, LOCKED = Path("pyproject.toml"), Path("requirements.lock")
 MEMORY_KEYS = {
     "prepare": "hardware.workers",
     "tokenize": "hardware.workers or tokenize.shard_tokens",
-    "tokenizer-study": "tokenizer_study.train_bytes",
+    "tokenizer-study": "vocabulary.train_bytes",
     "norm-study": "norm_study.micro_batch or hardware.threads",
     "train": "train.micro_batch",
     "hellaswag": "hellaswag.batch_tokens",
@@ -263,7 +263,9 @@ def _check_endpoint(host: str, port: int, key: str) -> Finding:
 
 
 def check_tokenizer(encoding: str) -> Finding:
-    """The vocabulary files, by their digests."""
+    """The vocabulary files, by their digests; a vocabulary still to be trained has none."""
+    if size := trained_size(encoding):
+        return Finding("tokenizer", OK, f"{encoding}, {size:,} tokens, which the stage tokenize trains")
     try:
         loaded = load_encoding(encoding)
     except UserError as error:

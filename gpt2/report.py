@@ -7,14 +7,15 @@ from importlib.metadata import version
 from gpt2 import studies
 from gpt2.claims import CLAIMS, TIMED_CLAIM, Row, judge
 from gpt2.markup import number, table
-from gpt2.measures import REFERENCE_PARAMS, REFERENCE_STEPS, REFERENCE_VAL_LOSS, rise_at_15
+from gpt2.measures import REFERENCE_ENCODING, REFERENCE_PARAMS, REFERENCE_STEPS, REFERENCE_VAL_LOSS, rise_at_15
 from gpt2.results import Results
+from gpt2.vocabulary_section import describe_vocabularies
 
 HELLASWAG_ITEMS = 10_042
 STUDIES = {
     "training": ("Training", studies.describe_training),
     "norms": ("Placement of the layer norm", studies.describe_norms),
-    "vocabularies": ("Size of the vocabulary", studies.describe_vocabularies),
+    "vocabularies": ("Size of the vocabulary", describe_vocabularies),
     "heads": ("Similar attention heads", studies.describe_heads),
     "pruning": ("Pruning of heads", studies.describe_pruning),
 }
@@ -62,6 +63,8 @@ def _summarise(results: Results, rows: Sequence[Row]) -> str:
 def _compare(results: Results) -> str:
     value, openai = results.value, "OpenAI's GPT-2 124M"
     corpus = "yes" if results.setting("prepare", "source") == "fineweb_edu" else "no, other corpus"
+    if value("tokens.encoding") != REFERENCE_ENCODING:
+        corpus = "no, other vocabulary"
     items = "yes" if value("hellaswag.items") == HELLASWAG_ITEMS else "no, other items"
     size = "yes" if value("train.n_params") == REFERENCE_PARAMS else "no, other size"
     rise = f"{rise_at_15(results, 'redundancy'):+.2f} %"
@@ -104,9 +107,9 @@ def _describe_making(results: Results) -> str:
         for key, value in results.settings[section].items()
     ]
     return (
-        f"Scale `{results.scale}`, norm `{results.norm}`, corpus `{results.setting('prepare', 'source')}`; the weights "
-        f"were {origin}. Python {platform.python_version()}, {versions}.\n\n"
-        + table(("Parameter", "Value"), settings, "ll")
+        f"Scale `{results.scale}`, norm `{results.norm}`, corpus `{results.setting('prepare', 'source')}`, vocabulary "
+        f"`{results.value('tokens.encoding')}`; the weights were {origin}. Python {platform.python_version()}, "
+        f"{versions}.\n\n" + table(("Parameter", "Value"), settings, "ll")
     )
 
 

@@ -1,6 +1,7 @@
 """The whole of params.yaml: every section of every scale, checked at once before a pipeline does any work."""
 
 from gpt2.benchmark import BenchmarkConfig
+from gpt2.bpe import VocabularyConfig
 from gpt2.files import UserError
 from gpt2.generate import GenerateConfig
 from gpt2.hardware import HardwareConfig
@@ -12,16 +13,19 @@ from gpt2.prepare import PrepareConfig
 from gpt2.prune import PruneConfig
 from gpt2.scoring import HellaswagConfig
 from gpt2.tokenize import TokenizeConfig
-from gpt2.tokenizer import load_encoding
+from gpt2.tokenizer import GPT2, GPT2_VOCAB_SIZE, load_encoding
 from gpt2.tokenizer_study import TokenizerStudyConfig
 from gpt2.train import TrainConfig
+from gpt2.vocabulary_runs import VocabularyRunsConfig, count_steps
 
 SECTIONS: dict[str, type[Config]] = {
     "hardware": HardwareConfig,
     "prepare": PrepareConfig,
     "benchmark": BenchmarkConfig,
+    "vocabulary": VocabularyConfig,
     "tokenize": TokenizeConfig,
     "tokenizer_study": TokenizerStudyConfig,
+    "vocabulary_runs": VocabularyRunsConfig,
     "model": GPTConfig,
     "norm_study": NormStudyConfig,
     "train": TrainConfig,
@@ -73,8 +77,13 @@ def check(values: dict) -> None:
 def _check_together(scale: str, norm: object, configs: dict[str, Config | None], attempt) -> None:
     """Rules that span sections, checked where the sections themselves are sound."""
     tokenize, train, model, hardware = (configs[name] for name in ("tokenize", "train", "model", "hardware"))
-    if tokenize:
+    if tokenize and tokenize.encoding == GPT2:
         attempt(load_encoding, tokenize.encoding, place=f"{scale}: ")
+    study, runs = configs["tokenizer_study"], configs["vocabulary_runs"]
+    if study and runs:
+        # GPT-2's own vocabulary is among those that are tried.
+        largest = max(*study.vocab_sizes, GPT2_VOCAB_SIZE)
+        attempt(count_steps, runs.budgets[0], runs, largest, place=f"{scale}: ")
     if train and train.init_from:
         attempt(_require_preln, train, norm, place=f"{scale}: ")
     elif train and model and hardware:

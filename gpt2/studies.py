@@ -14,21 +14,18 @@ from gpt2.measures import (
     PRUNED_RATES,
     REPAIRED,
     SIMILARITIES,
-    WORD_GROUPS,
     cheaper_sets,
     measure_pruning,
     most_below_5,
     name_pruning,
     name_setting,
     read_norm_settings,
-    read_vocabularies,
     rise_at_15,
     similarity_column,
     tell_rise,
 )
 from gpt2.results import Results
 
-MAX_EXAMPLES = 12
 MAX_PAIRS = 5
 # Of a column: its heading and how a value is written.
 Columns = dict[str, tuple[str, Callable[..., str]]]
@@ -118,7 +115,7 @@ def describe_norms(results: Results, figures: Mapping[str, str]) -> str:
     picture = f"![Loss and gradient norm of each norm]({figures['norm_study']})"
     # The norms stand together at each setting.
     ordered = table.sort_values(["max_lr", "warmup_steps"], kind="stable")
-    return "\n\n".join((lead, norms, picture, _frame(ordered, columns)))
+    return "\n\n".join((lead, norms, picture, frame(ordered, columns)))
 
 
 def _tell_norm(norm: str, settings: pd.DataFrame) -> str:
@@ -163,32 +160,6 @@ def _tell_rescue(row: NamedTuple, settings: pd.DataFrame) -> str:
         setting = name_setting(best["max_lr"], best["warmup_steps"])
         told.append(f"{cure} ({setting}) rescues {row.lost - best['lost']} of {row.lost}")
     return "".join(f"; {words}" for words in told)
-
-
-def describe_vocabularies(results: Results, figures: Mapping[str, str]) -> str:
-    """Fragmentation of words, length of sequences and cost of training by vocabulary, and some words cut up."""
-    columns: Columns = {
-        "name": ("Vocabulary", str),
-        "vocab_size": ("Size", number),
-        "bytes_per_token": ("Bytes per token", number),
-        **{f"{group}_tokens_per_word": (f"Tokens per {group} word", number) for group in WORD_GROUPS},
-        "flops_per_byte": ("Training FLOPs per byte", number),
-    }
-    vocabularies = read_vocabularies(results)
-    own = vocabularies[vocabularies["own"]]
-    small, large = own.iloc[0], own.iloc[-1]
-    tokens = _change(1 / small["bytes_per_token"], 1 / large["bytes_per_token"])
-    cost = _change(small["flops_per_byte"], large["flops_per_byte"])
-    lead = (
-        f"From {number(small['vocab_size'])} to {number(large['vocab_size'])} tokens of vocabulary, the tokens of a "
-        f"text change by {tokens} and the operations to train on it by {cost}. GPT-2's own vocabulary was learned on "
-        "another corpus and is left out of the comparison of sizes."
-    )
-    names = vocabularies["name"].tolist()
-    examples = results.texts("tokenizer/examples.csv", ["word", "group", *names]).head(MAX_EXAMPLES)
-    cuts = _frame(examples, {name: (name, literal) for name in ("word", "group", *names)})
-    picture = f"![Fragmentation, sequence length and cost]({figures['tokenizer']})"
-    return "\n\n".join((lead, picture, _frame(vocabularies, columns), "Bars mark where a word is cut:", cuts))
 
 
 def describe_heads(results: Results, figures: Mapping[str, str]) -> str:
@@ -238,8 +209,8 @@ def describe_heads(results: Results, figures: Mapping[str, str]) -> str:
         "from residual stream to residual stream, with the norm beside them folded in and without biases."
     )
     return "\n\n".join((
-        _tell_similarity(results), nulls, caption, _frame(layers, columns), by_layer, "The most similar pairs:",
-        _frame(pairs, pair_columns), matrix,
+        _tell_similarity(results), nulls, caption, frame(layers, columns), by_layer, "The most similar pairs:",
+        frame(pairs, pair_columns), matrix,
     ))  # fmt: skip
 
 
@@ -465,12 +436,8 @@ def list_verdicts(rows: Sequence[Row], study: str) -> str:
     return "\n".join(f"- {row.claim.sentence}: **{row.verdict}** ({row.measured})." for row in chosen)
 
 
-def _frame(frame: pd.DataFrame, columns: Columns) -> str:
+def frame(frame: pd.DataFrame, columns: Columns) -> str:
     """A Markdown table of some columns; text stands left and numbers right."""
     align = "".join("r" if pd.api.types.is_numeric_dtype(frame[name]) else "l" for name in columns)
     cells = zip(*([write(value) for value in frame[name]] for name, (_, write) in columns.items()), strict=True)
     return table([heading for heading, _ in columns.values()], cells, align)
-
-
-def _change(before: float, after: float) -> str:
-    return f"{100 * (after / before - 1):+.1f} %"

@@ -18,14 +18,15 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 import tiktoken
-from pydantic import PositiveInt
+from pydantic import PositiveInt, field_validator
 from tqdm import tqdm
 
 from gpt2.encode import REMEDY, RowGroup, encode_group
 from gpt2.files import UserError
 from gpt2.interrupt import Interrupt
 from gpt2.params import Config
-from gpt2.shards import Piece, ShardWriter, TokenSet, Vocabulary
+from gpt2.shards import MAX_VOCAB_SIZE, Piece, ShardWriter, TokenSet, Vocabulary
+from gpt2.tokenizer import GPT2, MIN_VOCAB_SIZE, trained_size
 from gpt2.units import show_size, show_time
 from gpt2.workers import in_order
 
@@ -41,9 +42,23 @@ log = logging.getLogger(__name__)
 class TokenizeConfig(Config):
     """Section `tokenize`."""
 
+    # gpt2, or bpe_<size> of a vocabulary trained on the training split.
     encoding: str
     # Tokens of one shard file, two bytes each.
     shard_tokens: PositiveInt
+
+    @field_validator("encoding")
+    @classmethod
+    def _known(cls, name: str) -> str:
+        size = trained_size(name)
+        if name != GPT2 and size is None:
+            raise ValueError(f"must be {GPT2}, or bpe_N for a trained vocabulary of N tokens, such as bpe_8192")
+        if size is not None and not MIN_VOCAB_SIZE <= size <= MAX_VOCAB_SIZE:
+            raise ValueError(
+                f"a vocabulary must have at least {MIN_VOCAB_SIZE} tokens, all bytes and end-of-text, and at most "
+                f"{MAX_VOCAB_SIZE}, since token files are uint16"
+            )
+        return name
 
 
 def token_identity(corpus: Path, encoding: tiktoken.Encoding, shard_tokens: int, threads: int) -> dict:

@@ -21,6 +21,17 @@ from gpt2.params import Config
 from gpt2.tokenizer import PATTERN
 
 GROUPS = ("rare", "compound", "technical")
+# Bands of frequency, from very frequent to words that occur once (hapax) and never: occurrences in the training text,
+# at least so many.
+BANDS = {
+    "10,000 or more": 10_000,
+    "1,000 to 9,999": 1_000,
+    "100 to 999": 100,
+    "10 to 99": 10,
+    "2 to 9": 2,
+    "once": 1,
+    "never": 0,
+}
 # One and two letters are mostly names of variables (x, df).
 TECHNICAL_MIN_LETTERS = 3
 _PIECE = regex.compile(PATTERN)
@@ -142,3 +153,12 @@ def group_words(held_out: Counter[str], counts: WordCounts, rules: WordRules) ->
                 "loosen the rule in params.yaml or raise train_bytes and held_out_bytes"
             )
     return groups
+
+
+def band_words(held_out: Counter[str], counts: WordCounts) -> dict[str, Counter[str]]:
+    """Held-out words, with their occurrences, by BANDS of frequency in the training text; empty bands are left out."""
+    bands: dict[str, Counter[str]] = {name: Counter() for name in BANDS}
+    for word, n in held_out.items():
+        seen = counts.occurrences[plain(word)]
+        bands[next(name for name, least in BANDS.items() if seen >= least)][word] = n
+    return {name: members for name, members in bands.items() if members}

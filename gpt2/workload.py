@@ -3,9 +3,10 @@
 C = n_embd, L = n_layer, T = block_size, M heads of all layers together.
 """
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from gpt2.benchmark import BenchmarkConfig
+from gpt2.bpe import VocabularyConfig
 from gpt2.checkpoint import KEPT
 from gpt2.corpus import ROW_GROUP_DOCUMENTS
 from gpt2.frontier import COLUMNS, STEPWISE
@@ -25,13 +26,15 @@ from gpt2.scoring import HellaswagConfig
 from gpt2.shape import ModelShape
 from gpt2.similar_orders import SIMILAR_ORDERS
 from gpt2.tokenize import PROCESS_BYTES, TokenizeConfig
+from gpt2.tokenizer import GPT2_VOCAB_SIZE as VOCAB_SIZE
+from gpt2.tokenizer import trained_size
 from gpt2.tokenizer_study import TokenizerStudyConfig
 from gpt2.train import TrainConfig
 from gpt2.train_results import training_flops_per_token
+from gpt2.vocabulary_runs import VocabularyRunsConfig
 from gpt2.volume import DOCS_ZSTD, HUB_DOWNLOAD, PROSE_ZSTD, WORD_BYTES, Volume
 from gpt2.workers import AHEAD
 
-VOCAB_SIZE = 50257
 GIB = 2**30
 
 # HellaSwag's validation split: items, bytes of one as JSON, tokens of a row (context and ending) and of its ending.
@@ -61,8 +64,10 @@ class Plan:
     hardware: HardwareConfig
     prepare: PrepareConfig
     benchmark: BenchmarkConfig
+    vocabulary: VocabularyConfig
     tokenize: TokenizeConfig
     tokenizer_study: TokenizerStudyConfig
+    vocabulary_runs: VocabularyRunsConfig
     model: GPTConfig
     norm_study: NormStudyConfig
     train: TrainConfig
@@ -74,8 +79,9 @@ class Plan:
 
 def load_plan(values: dict, scale: str) -> Plan:
     """The plan of `scale` from params.yaml as parsed. Raises UserError at the first section with a fault."""
-    known = {"model": {"norm": values.get("norm"), "vocab_size": VOCAB_SIZE}}
     scaled = {**values, "scale": scale}
+    vocab_size = trained_size(load("tokenize", TokenizeConfig, scaled).encoding) or VOCAB_SIZE
+    known = {"model": {"norm": values.get("norm"), "vocab_size": vocab_size}}
     return Plan(scale, **{name: load(name, cls, scaled, **known.get(name, {})) for name, cls in SECTIONS.items()})
 
 
@@ -217,12 +223,30 @@ class Workload:
         if processes > 1:
             row_group = 2 * ROW_GROUP_DOCUMENTS * self.volume.tokens / self.volume.documents
             memory += processes * (TEXT_PROCESS + AHEAD * row_group)
+        trained = self._vocabulary_memory() if trained_size(self.plan.tokenize.encoding) else 0.0
+        memory = max(memory, TEXT_PROCESS + trained)
         return Need(2 * self.volume.tokens + benchmark, memory, text=self.volume.n_bytes, parallel=processes)
 
+    def _vocabulary_memory(self) -> float:
+        """What the training of vocabularies holds."""
+        return TEXT_COPIES * min(self.plan.vocabulary.train_bytes, self.volume.n_bytes)
+
     def _tokenizer_study(self) -> Need:
-        config = self.plan.tokenizer_study
-        text = min(config.train_bytes, self.volume.n_bytes)
-        return Need(2 * SMALL_FILE, TEXT_PROCESS + TEXT_COPIES * text, text=text)
+        config = self.plan.vocabulary_runs
+        shape = {key: getattr(config, key) for key in ModelShape.model_fields}
+        sizes = [*self.plan.tokenizer_study.vocab_sizes, VOCAB_SIZE]
+        models = [GPTConfig(**shape, vocab_size=size, norm="preln") for size in sizes]
+        # Every held-out token passes the model twice.
+        judged = 2 * config.eval_bytes / self.volume.bytes_per_token
+        judging = len(config.budgets) * sum(forward_flops(model, judged) for model in models)
+        runs = len(config.budgets) * len(config.seeds) * len(sizes)
+        memory = self._training_memory(models[-1], config.micro_batch, config.precision)
+        processes = 1 if self._on_gpu else min(runs, self.plan.hardware.threads)
+        flops = len(config.seeds) * (sum(config.budgets) * len(sizes) + judging)
+        need = self._model_need(4 * SMALL_FILE, memory, flops, processes=processes)
+        # The text of the runs as int32 ids of every vocabulary.
+        ids = 4 * len(sizes) * min(config.text_bytes, self.volume.n_bytes) / self.volume.bytes_per_token
+        return replace(need, memory=need.memory + self._vocabulary_memory() + ids)
 
     def _norm_study(self) -> Need:
         config = self.plan.norm_study

@@ -7,6 +7,7 @@ from gpt2.files import write_csv
 from gpt2.generate import GenerateConfig, generate
 from gpt2.hardware import HardwareConfig
 from gpt2.stage import Stage
+from gpt2.tokenizer import encoding_of
 from gpt2.weights import load_model
 
 MODEL = Path("models/gpt2")
@@ -18,7 +19,8 @@ def main() -> None:
         config = stage.load("generate", GenerateConfig)
         model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
         sampling = config.model_dump(exclude={"prompts"})
-        rows = [(prompt, text) for prompt in config.prompts for text in generate(model, prompt, **sampling)]
+        encoding = encoding_of(MODEL)
+        rows = [(prompt, text) for prompt in config.prompts for text in generate(model, prompt, encoding, **sampling)]
         write_csv(SAMPLES, ("prompt", "text"), rows)
 
 

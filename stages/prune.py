@@ -36,6 +36,7 @@ from gpt2.scoring import HellaswagConfig
 from gpt2.shards import TokenSet
 from gpt2.similar_orders import rank_by_similarity
 from gpt2.stage import Stage
+from gpt2.vocabulary import copy_vocabulary
 from gpt2.weights import load_model, save_model
 from gpt2.windows import spread_windows
 
@@ -96,6 +97,7 @@ def main() -> None:
         order = TrainOrder(TokenSet(TOKENS, "train"), model.config.block_size, config.batch_size, config.recovery_seed)
         steps = config.recovery_steps if removed else 0
         pruned = recover(repaired, order, steps, config.recovery_max_lr)
+        copy_vocabulary(MODEL, PRUNED)
         save_model(pruned, PRUNED)
 
         ranked = rank_by_similarity(model, similarities, taylor, calibration.moments)

@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+from gpt2.bpe import VocabularyConfig, encoding_for
 from gpt2.contamination import items_in_training
 from gpt2.files import write_json
 from gpt2.hardware import HardwareConfig
@@ -10,7 +11,7 @@ from gpt2.scratch import scratch_folder, staged
 from gpt2.shards import TokenSet
 from gpt2.stage import Stage
 from gpt2.tokenize import SOURCES, TokenizeConfig, token_identity, tokenize_corpus
-from gpt2.tokenizer import load_encoding
+from gpt2.tokenizer import write_encoding
 
 CORPUS = Path("data/corpus")
 ITEMS = Path("data/hellaswag.jsonl")
@@ -22,16 +23,17 @@ def main() -> None:
     with Stage("tokenize") as stage:
         config = stage.load("tokenize", TokenizeConfig)
         workers = stage.load("hardware", HardwareConfig).workers
-        encoding = load_encoding(config.encoding)
+        encoding = encoding_for(config.encoding, CORPUS, stage.load("vocabulary", VocabularyConfig))
         identity = token_identity(CORPUS, encoding, config.shard_tokens, workers)
         scratch = scratch_folder("tokenize", identity, SOURCES)
         with staged(TOKENS, scratch) as folder:
             figures = tokenize_corpus(CORPUS, folder, encoding, config.shard_tokens, workers, records=scratch)
             benchmark = tokenize_items(list(read_items(ITEMS)), encoding)
             save_benchmark(benchmark, folder / "hellaswag.npz")
+            write_encoding(encoding, folder)
             found = items_in_training(benchmark, TokenSet(folder, "train"), workers)
-            figures |= {"benchmark_items": len(benchmark.labels), "benchmark_items_in_train": found}
-            write_json(METRICS, figures)
+            figures |= {"encoding": encoding.name, "benchmark_items": len(benchmark.labels)}
+            write_json(METRICS, figures | {"benchmark_items_in_train": found})
 
 
 if __name__ == "__main__":

@@ -1,28 +1,53 @@
-"""Stage tokenizer-study: vocabularies of several sizes, and GPT-2's, on rare, compound and technical words."""
+"""Stage tokenizer-study: vocabularies of several sizes, and GPT-2's, on words and texts and in short trainings."""
 
 from pathlib import Path
 
+from gpt2.bpe import VocabularyConfig
 from gpt2.files import write_csv, write_json
+from gpt2.hardware import HardwareConfig
 from gpt2.shape import ModelShape
 from gpt2.stage import Stage
-from gpt2.tokenizer_study import TokenizerStudyConfig, study_vocabularies
+from gpt2.tokenizer_study import TokenizerStudyConfig, read_study_text, study_vocabularies, train_apart, with_gpt2
+from gpt2.vocabulary_runs import (
+    VocabularyRunsConfig,
+    encode_runs,
+    run_figures,
+    run_vocabularies,
+    table_rows,
+    thin,
+)
 
 CORPUS = Path("data/corpus")
 METRICS = Path("metrics/tokenizer.json")
-VOCABULARIES = Path("plots/tokenizer/vocabularies.csv")
-EXAMPLES = Path("plots/tokenizer/examples.csv")
+PLOTS = Path("plots/tokenizer")
 
 
 def main() -> None:
     """Train and compare vocabularies of the corpus."""
     with Stage("tokenizer-study") as stage:
         config = stage.load("tokenizer_study", TokenizerStudyConfig)
+        vocabulary = stage.load("vocabulary", VocabularyConfig)
         shape = stage.load("model", ModelShape)
-        study = study_vocabularies(config, shape, CORPUS)
-        stage.timed |= study.speed
-        write_json(METRICS, study.metrics)
-        for path, rows in ((VOCABULARIES, study.vocabularies), (EXAMPLES, study.examples)):
-            write_csv(path, list(rows[0]), [list(row.values()) for row in rows])
+        runs_config = stage.load("vocabulary_runs", VocabularyRunsConfig)
+        text = read_study_text(config, vocabulary, CORPUS)
+        trained, training_speed = train_apart(config.vocab_sizes, vocabulary, CORPUS)
+        study = study_vocabularies(text, trained, config, shape)
+        stage.timed |= {**training_speed, **study.speed}
+
+        training, held_out = thin(text.training, runs_config.text_bytes), thin(text.held_out, runs_config.eval_bytes)
+        run_texts = {
+            encoding.name: encode_runs(training, held_out, text.groups, encoding, runs_config.block_size)
+            for encoding in with_gpt2(trained)
+        }
+        runs = run_vocabularies(runs_config, run_texts, stage.load("hardware", HardwareConfig))
+        table = table_rows(runs)
+        tables = {
+            "vocabularies": study.vocabularies, "bands": study.bands, "examples": study.examples,
+            "runs": runs, "runs_table": table,
+        }  # fmt: skip
+        for name, rows in tables.items():
+            write_csv(PLOTS / f"{name}.csv", list(rows[0]), [list(row.values()) for row in rows])
+        write_json(METRICS, {**study.metrics, **run_figures(table, run_texts)})
 
 
 if __name__ == "__main__":

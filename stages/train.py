@@ -23,6 +23,7 @@ from gpt2.shards import TokenSet
 from gpt2.stage import Stage
 from gpt2.train import Evaluation, TrainConfig, TrainResult, fit, measure_loaded
 from gpt2.train_results import SOURCES, describe_length, run_figures, run_identity, run_speed
+from gpt2.vocabulary import copy_vocabulary
 from gpt2.weights import save_model
 
 TOKENS = Path("data/tokens")
@@ -102,6 +103,7 @@ def write(stage: Stage, run: Run, result: TrainResult, **figures: float | str) -
     n_items = len(run.evaluation.benchmark.labels)
     trained = run_figures(result, run.config, run.model, run.tokens, run.val, run.order.windows_per_epoch, n_items)
     write_json(METRICS, {**trained, **figures})
+    copy_vocabulary(TOKENS, MODEL)
     save_model(run.model, MODEL)
     stage.timed |= run_speed(result, run.config, run.model.config, run.dist)
 

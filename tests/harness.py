@@ -25,7 +25,7 @@ from lm_eval.tasks._yaml_loader import load_yaml
 from gpt2.export import export_model
 from gpt2.items import ENDINGS, read_items, tokenize_items
 from gpt2.scoring import evaluate_benchmark
-from gpt2.tokenizer import load_encoding
+from gpt2.tokenizer import encoding_of
 from gpt2.weights import load_model
 
 # Sums of fp32 log-probabilities, one a token: the harness adds in fp32, and its products are batched otherwise.
@@ -58,7 +58,7 @@ def score_by_harness(exported: Path, items: Path, batch_size: int = 16) -> Score
 
 def score_here(folder: Path, items: Path, batch_tokens: int = 8192) -> Scores:
     """The protocol `harness` of this project."""
-    benchmark = tokenize_items(list(read_items(items)), load_encoding())
+    benchmark = tokenize_items(list(read_items(items)), encoding_of(folder))
     _, columns = evaluate_benchmark(load_model(folder), benchmark, "harness", batch_tokens)
     return Scores(
         np.transpose([columns[f"harness_logprob_{ending}"] for ending in range(ENDINGS)]),

@@ -24,6 +24,8 @@ TABLE_COLUMNS = (
 )
 LAYER_COLUMNS = ("step", "layer", "grad_norm", "activation_norm")
 CRITERIA = ("redundancy", "taylor", "magnitude", "random", "loss", "taylor_iterative")
+# Bits per byte at the best size, overall and of rare words: mean, lowest, highest, even guess.
+CENTRES = (2.5, 2.4, 2.6, 4.5, 4.0, 3.9, 4.1, 5.0)
 VOCABULARIES = {"bpe_1024": 1024, "bpe_4096": 4096, "bpe_16384": 16384, "gpt2": 50257}
 
 
@@ -84,6 +86,7 @@ def _invent_training(root: Path) -> None:
     write_json(root / "metrics/prepare.json", documents)
     tokens = {
         "vocab_size": 50257,
+        "encoding": "gpt2",
         "tokens_train": 9_800_000_000,
         "benchmark_items": 2000,
         "benchmark_items_in_train": 0,
@@ -125,12 +128,39 @@ def _invent_norm_study(root: Path) -> None:
 
 def _invent_tokenizer_study(root: Path) -> None:
     groups = ("rare", "compound", "technical")
-    columns = ("name", "vocab_size", "bytes_per_token", "flops_per_byte", *(f"{g}_tokens_per_word" for g in groups))
+    columns = (
+        *("name", "vocab_size", "bytes_per_token", "flops_per_byte", *(f"{g}_tokens_per_word" for g in groups)),
+        *("tokens_per_document", "documents_in_context_percent", "renyi_efficiency", "tokens_per_word"),
+        *("words_kept_whole_percent", "words_in_three_or_more_percent", "embedding_params"),
+        *("embedding_params_percent", "logits_bytes"),
+    )
     rows = [
-        (name, size, 0.4 * math.log(size), 4e6 - 300 * size / 10, *(c - 0.25 * math.log(size) for c in (5.1, 4.4, 4.8)))
+        (name, size, 0.4 * math.log(size), 4e6 - 300 * size / 10, *(c - 0.25 * math.log(size) for c in (5.1, 4.4, 4.8)),
+         300.0, 40.0, 0.5, 1.5, 70.0, 9.0, 128 * size, 60.0, 512 * size)
+        for name, size in VOCABULARIES.items()
+    ]  # fmt: skip
+    write_csv(root / "plots/tokenizer/vocabularies.csv", columns, rows)
+    bands = [
+        (name, size, band, 5 + place - 0.25 * math.log(size), 10.0 * place)
+        for name, size in VOCABULARIES.items()
+        for place, band in enumerate(("100 or more", "10 to 99", "once"))
+    ]
+    columns = ("name", "vocab_size", "band", "tokens_per_word", "words_in_three_or_more_percent")
+    write_csv(root / "plots/tokenizer/bands.csv", columns, bands)
+    # At the smaller budget the middle size is best, at the larger one the largest of those trained here.
+    runs = [
+        (budget, name, size, 3, 100, 10**6, 0, *(c + rise * math.log(size / best) ** 2 for c in CENTRES))
+        for budget, best, rise in ((1e10, 4096, 0.1), (1e11, 32768, 0.05))
         for name, size in VOCABULARIES.items()
     ]
-    write_csv(root / "plots/tokenizer/vocabularies.csv", columns, rows)
+    bits = (
+        f"{part}{key}"
+        for part in ("", "rare_")
+        for key in ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", "even_bits_per_byte")
+    )
+    columns = ("budget", "name", "vocab_size", "seeds", "steps", "bytes", "diverged", *bits)
+    write_csv(root / "plots/tokenizer/runs_table.csv", columns, runs)
+    write_json(root / "metrics/tokenizer.json", {"runs_eval_bytes": 40_000, "runs_rare_bytes": 900})
     examples = [
         ("nan", "rare", *["nan"] * len(VOCABULARIES)),
         ("dataframe", "compound", *["data|frame"] * len(VOCABULARIES)),

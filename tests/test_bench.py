@@ -1,6 +1,8 @@
 """The benchmark refuses what it cannot measure, and its table divides by the named baseline."""
 
 import json
+import subprocess
+import sys
 from types import SimpleNamespace
 
 import numpy as np
@@ -10,7 +12,7 @@ import pytest
 import torch
 
 import bench.__main__ as bench
-from bench import generate, gpu_table, heads, hellaswag, optimizers, prepare, prune, tokenize
+from bench import generate, gpu_table, heads, hellaswag, optimizers, prepare, prune, tokenize, vocabularies
 from gpt2.files import read_json
 from gpt2.frontier import PLAIN
 from gpt2.heads import Head, compare_heads, list_heads
@@ -23,6 +25,7 @@ from gpt2.shards import TokenSet
 from gpt2.tokenizer import load_encoding
 from tests.analysed import BLOCK_SIZE, SECTIONS, VOCAB_SIZE, make_model, make_windows
 from tests.closure import ROOT
+from tests.test_end_to_end import read_docstrings
 from tests.test_harness import random_model
 from tests.test_items import ITEMS
 
@@ -316,3 +319,29 @@ def test_pruning_is_measured_part_by_part():
     assert tuple(orders) == tuple(column.criterion for column in PLAIN)
     table = prune.tabulate(dict.fromkeys(prune.PARTS, 2.0), dict.fromkeys(prune.PARTS, 1e9), peak=1e9)
     assert read_cells(table, "all")[1:] == ["6.0", "0.00", "3.0", "50 %"]
+
+
+def test_vocabularies_of_a_corpus_are_trained_and_told(tmp_path, monkeypatch, capsys):
+    values = read(ROOT / "params.yaml")
+    values["full"]["tokenizer_study"] |= {
+        **{"vocab_sizes": [300, 400], "compound_part_min_count": 3, "technical_min_count": 5},
+        "technical_min_residual_idf": 0.5,
+    }
+    # JSON is YAML.
+    (tmp_path / "params.yaml").write_text(json.dumps(values))
+    texts = [*read_docstrings()]
+    pq.write_table(pa.table({"text": texts, "id": [str(i) for i in range(len(texts))]}), tmp_path / "a.parquet")
+    monkeypatch.chdir(tmp_path)
+    vocabularies.main(["a.parquet"])
+    page = (tmp_path / vocabularies.RESULT).read_text(encoding="utf-8")
+    assert page in capsys.readouterr().out and page == vocabularies.tabulate(read_json(vocabularies.DATA))
+    assert [read_cells(page, size)[0] for size in ("300", "400")] == ["300", "400"]
+    data = read_json(vocabularies.DATA)
+    seconds = data["seconds"]
+    assert seconds["all"] == pytest.approx(sum(seconds.values()) - seconds["all"])
+    assert 0.01 < data["speed"]["bpe_300_train_peak_memory_gib"] <= data["peak_gib"]
+
+
+def test_the_benchmark_of_vocabularies_needs_no_torch():
+    code = "import sys, bench.vocabularies; sys.exit('torch is imported' if 'torch' in sys.modules else 0)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

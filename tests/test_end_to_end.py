@@ -30,11 +30,18 @@ SETTINGS = {
     "hardware": HARDWARE,
     "prepare": {"source": "files", "path": "source", "min_chars": 200, "val_percent": 15.0, "test_percent": 25.0},
     "benchmark": {"source": "heldout", "items": 100, "context_words": 6, "ending_words": 4},
+    "vocabulary": {"train_bytes": 100_000},
     "tokenize": {"encoding": "gpt2", "shard_tokens": 20_000},
     "tokenizer_study": {
-        "vocab_sizes": [300, 400], "train_bytes": 100_000, "held_out_bytes": 50_000, "n_examples": 6,
+        "vocab_sizes": [300, 400], "held_out_bytes": 50_000, "n_examples": 6,
         "rare_max_count": 5, "compound_min_letters": 8, "compound_part_min_letters": 4, "compound_part_min_count": 3,
         "technical_min_count": 5, "technical_min_residual_idf": 1.0,
+    },
+    "vocabulary_runs": {
+        "budgets": [4e8, 8e8], "seeds": [1, 2], "max_lr": 1e-3, "min_lr_fraction": 0.1, "warmup_fraction": 0.1,
+        "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_clip": 1.0, "batch_windows": 2, "micro_batch": 2,
+        "precision": "float32", "n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "text_bytes": 50_000,
+        "eval_bytes": 50_000,
     },
     "model": {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 32},
     "norm_study": {
@@ -60,7 +67,7 @@ SETTINGS = {
 }  # fmt: skip
 # The keys that design and report rely on.
 KEYS = {
-    "tokens": "tokens_train tokens_val tokens_test bytes_per_token",
+    "tokens": "tokens_train tokens_val tokens_test bytes_per_token encoding",
     "train": "steps tokens_seen train_loss val_loss val_perplexity val_bits_per_byte hellaswag_acc_norm max_grad_norm "
     "loss_spikes diverged diverged_at_step unigram_entropy stalled",
     "hellaswag": "items completion_acc completion_acc_norm harness_acc harness_acc_norm completion_acc_stderr "
@@ -77,7 +84,12 @@ KEYS = {
     "tokenizer": " ".join(
         f"{name}_{key}"
         for name in ("gpt2", "bpe_300", "bpe_400")
-        for key in ("bytes_per_token", *(f"{kind}tokens_per_word" for kind in ("", "rare_", "compound_", "technical_")))
+        for key in (
+            "bytes_per_token",
+            "bits_per_byte",
+            "rare_bits_per_byte",
+            *(f"{kind}tokens_per_word" for kind in ("", "rare_", "compound_", "technical_")),
+        )
     ),
     "speed/train": "tokens_per_s data_wait_percent seconds peak_memory_gib processes",
     **{f"speed/{module_of(stage).stem}": "seconds" for stage in STAGES if stage != "train"},

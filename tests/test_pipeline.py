@@ -36,15 +36,16 @@ LAYERS = {
     "leaf": "files params stage hardware shape dist shards loss loss_kernel stability interrupt heartbeat rows "
     "markup machine units scratch workers",
     "core": "model cache layers weights pretrained checkpoint optim data windows tokenizer items corpus docstrings "
-    "sources encode dedup hub",
+    "sources encode dedup hub vocabulary",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
     "train_results norm_study generate card export heads redundancy criteria prune prunability repair frontier "
-    "circuits nulls iterative similar_orders intervals costs chance mcnemar pruned_scores pruned_speed recovery",
+    "circuits nulls iterative similar_orders intervals costs chance mcnemar pruned_scores pruned_speed recovery "
+    "short_runs vocabulary_runs",
     "whole": "schema volume workload forecast storage preflight check",
-    "report": "hellaswag results measures claims studies figures report plots_page status",
+    "report": "hellaswag results measures claims studies figures report plots_page status vocabulary_section",
 }
 HEIGHTS = {module: height for height, modules in enumerate(LAYERS.values()) for module in modules.split()}
-TEXT_STAGES = ("prepare", "benchmark", "tokenize", "tokenizer-study")
+TEXT_STAGES = ("prepare", "benchmark", "tokenize")
 
 
 def parse_stage(stage: str) -> ast.Module:

@@ -125,10 +125,25 @@ def test_the_processes_of_all_machines_share_a_step(values, nproc, processes):
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_an_unknown_encoding_is_refused_in_any_scale(values, scale):
-    values[scale]["tokenize"]["encoding"] = "p50k"
-    with pytest.raises(UserError, match=rf"{scale}: tokenize\.encoding = 'p50k' must be one of gpt2"):
+@pytest.mark.parametrize(
+    ("name", "rule"),
+    [
+        ("p50k", "must be gpt2, or bpe_N for a trained vocabulary of N tokens"),
+        ("bpe_0512", "must be gpt2, or bpe_N"),
+        ("bpe_256", "must have at least 257 tokens, all bytes and end-of-text"),
+        ("bpe_65537", "at most 65536, since token files are uint16"),
+    ],
+)
+def test_an_encoding_that_cannot_be_is_refused_in_any_scale(values, scale, name, rule):
+    values[scale]["tokenize"]["encoding"] = name
+    with pytest.raises(UserError, match=rf"{scale}\.tokenize\.encoding = '{name}': .*{rule}"):
         check(values)
+
+
+@pytest.mark.parametrize("name", ["gpt2", "bpe_257", "bpe_65536"])
+def test_an_encoding_that_can_be_is_accepted(values, name):
+    values["tiny"]["tokenize"]["encoding"] = name
+    check(values)
 
 
 @pytest.mark.parametrize("key", ["norm", "vocab_size"])
@@ -159,3 +174,11 @@ def test_the_stage_writes_its_mark_only_for_sound_parameters(tmp_path, monkeypat
     (tmp_path / "params.yaml").write_text(text, encoding="utf-8")
     check_params.main()
     assert (tmp_path / "data" / "params.valid").is_file()
+
+
+def test_a_budget_that_pays_for_no_training_is_refused_with_what_would_do(values):
+    values["tiny"]["vocabulary_runs"]["budgets"] = [1e6, 1e11]
+    with pytest.raises(
+        UserError, match=r"tiny: vocabulary_runs\.budgets=1e\+06 pays for 0 steps .*of 50257, .*raise it to"
+    ):
+        check(values)

@@ -7,11 +7,13 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from tiktoken.load import load_tiktoken_bpe
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from gpt2 import tokenizer
 from gpt2.files import UserError
-from gpt2.tokenizer import END_OF_TEXT, load_encoding
+from gpt2.tokenizer import END_OF_TEXT, encoding_of, load_encoding, make_encoding, write_encoding
+from gpt2.vocabulary import copy_vocabulary, find_vocabulary
 
 ODD_TEXTS = [
     "",
@@ -119,6 +121,75 @@ def test_a_package_that_is_not_there_or_has_no_files_is_named(monkeypatch, packa
         load_afresh()
 
 
-def test_an_unknown_encoding_is_refused_by_its_key():
-    with pytest.raises(UserError, match=r"tokenize\.encoding = 'cl100k_base' must be one of gpt2"):
+def test_an_encoding_without_a_file_of_its_own_is_refused_by_its_name():
+    with pytest.raises(UserError, match=r"encoding 'cl100k_base': only gpt2 can be loaded by its name$"):
         load_encoding("cl100k_base")
+    with pytest.raises(UserError, match=r"'bpe_8192': .*; bpe_8192 is read from a folder of tokens or of a model"):
+        load_encoding("bpe_8192")
+
+
+# Trained vocabularies as files
+
+
+TOKENS = [bytes([byte]) for byte in range(256)] + [b"an", b"\xe6\xbc", b" an", b"\n\n"]
+
+
+@pytest.fixture
+def trained(tmp_path) -> Path:
+    """A folder with a vocabulary."""
+    write_encoding(make_encoding("bpe_261", TOKENS), tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("text", [*ODD_TEXTS, "banana an ant\n\n"])
+def test_a_vocabulary_is_read_as_it_was_written(trained, text):
+    encoding, expected = encoding_of(trained), make_encoding("bpe_261", TOKENS)
+    assert (encoding.name, encoding.n_vocab, encoding.eot_token) == ("bpe_261", 261, 260)
+    assert encoding.encode_ordinary(text) == expected.encode_ordinary(text)
+    assert encoding.decode(encoding.encode_ordinary(text)) == text
+
+
+def test_a_vocabulary_file_is_one_of_tiktokens(trained):
+    ranks = load_tiktoken_bpe(str(trained / "bpe_261.tiktoken"))
+    assert ranks == {token: rank for rank, token in enumerate(TOKENS)}
+
+
+def test_a_folder_without_a_vocabulary_has_gpt2s(tmp_path):
+    assert encoding_of(tmp_path) is load_encoding()
+    write_encoding(load_encoding(), tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("damage", "told"),
+    [
+        (lambda text: text.replace("YW4= 256", "YW4= 257"), "260 lines that are not the tokens of bpe_261"),
+        (lambda text: text.replace("AA== 0\n", ""), "259 lines"),
+        (lambda text: text[: len(text) // 2], "no vocabulary|lines that are not"),
+        (lambda text: text.replace("YW4=", "AA=="), "260 lines that are not"),
+        (lambda text: "naïve", "is no vocabulary in tiktoken's format"),
+        (lambda text: "a b c", "is no vocabulary in tiktoken's format"),
+    ],
+    ids=["rank", "line", "half", "twice", "letters", "columns"],
+)
+def test_a_damaged_vocabulary_is_refused(trained, damage, told):
+    path = trained / "bpe_261.tiktoken"
+    path.write_text(damage(path.read_text()))
+    with pytest.raises(UserError, match=rf"bpe_261\.tiktoken .*({told}).*run the stage that made it"):
+        encoding_of(trained)
+
+
+def test_a_copied_vocabulary_replaces_the_one_that_was_there(trained, tmp_path):
+    model, bare = tmp_path / "model", tmp_path / "bare"
+    bare.mkdir()
+    copy_vocabulary(trained, model)
+    assert find_vocabulary(model).read_bytes() == find_vocabulary(trained).read_bytes()
+    write_encoding(make_encoding("bpe_260", TOKENS[:-1]), model)
+    with pytest.raises(
+        UserError, match=r"the vocabularies bpe_260\.tiktoken, bpe_261\.tiktoken, of which one is its own"
+    ):
+        encoding_of(model)
+    copy_vocabulary(trained, model)
+    assert [path.name for path in model.iterdir()] == ["bpe_261.tiktoken"]
+    copy_vocabulary(bare, model)
+    assert list(model.iterdir()) == []

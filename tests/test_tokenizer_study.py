@@ -16,10 +16,20 @@ import pytest
 import regex
 from ruamel.yaml import YAML
 
-from gpt2.bpe import byte_of_character, make_encoding, ranked_tokens, train_encodings, train_tokenizer
+from gpt2 import bpe
+from gpt2.bpe import (
+    VocabularyConfig,
+    byte_of_character,
+    encoding_for,
+    take,
+    train_encodings,
+    train_tokenizer,
+    trained_tokens,
+)
 from gpt2.files import UserError
+from gpt2.model import GPT, GPTConfig
 from gpt2.params import build
-from gpt2.tokenizer import PATTERN, load_encoding
+from gpt2.tokenizer import PATTERN, encoding_of, load_encoding, make_encoding, ranked_tokens
 from gpt2.tokenizer_study import (
     ModelShape,
     TokenizerStudyConfig,
@@ -28,11 +38,23 @@ from gpt2.tokenizer_study import (
     renyi_efficiency,
     segment,
     segment_examples,
-    take,
+    train_apart,
     training_flops_per_token,
 )
-from gpt2.words import WordCounts, WordRules, count_words, group_words, residual_idf, split_compound, words
+from gpt2.vocabulary_runs import RUN_COLUMNS, TABLE_COLUMNS
+from gpt2.words import (
+    BANDS,
+    WordCounts,
+    WordRules,
+    band_words,
+    count_words,
+    group_words,
+    residual_idf,
+    split_compound,
+    words,
+)
 from stages import tokenizer_study
+from tests.settings import HARDWARE
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZES = (300, 600, 2000)
@@ -46,13 +68,19 @@ RULES = {
 }
 SECTION = {
     "vocab_sizes": list(SIZES),
-    "train_bytes": 10**7,
     "held_out_bytes": 10**6,
     "n_examples": 9,
     **RULES,
 }
 MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64}
 SHAPE = ModelShape(**MODEL)
+VOCABULARY = {"train_bytes": 10**7}
+RUNS = {
+    **{"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "budgets": [4e8, 8e8], "seeds": [1, 2]},
+    **{"max_lr": 4e-3, "min_lr_fraction": 0.1, "warmup_fraction": 0.1, "beta1": 0.9, "beta2": 0.98},
+    **{"weight_decay": 0.1, "grad_clip": 1.0, "batch_windows": 2, "micro_batch": 2, "precision": "float32"},
+    **{"text_bytes": 50_000, "eval_bytes": 50_000},
+}
 
 
 @pytest.fixture(scope="module")
@@ -86,7 +114,7 @@ def test_round_trip(encodings, text):
 def test_smaller_vocabulary_is_a_prefix_and_tiktoken_encodes_like_tokenizers(texts, encodings):
     for size, encoding in zip(SIZES, encodings, strict=True):
         alone = train_tokenizer(texts[::2], size - 1)
-        assert ranked_tokens(alone) == [encoding.decode_single_token_bytes(i) for i in range(size - 1)]
+        assert trained_tokens(alone) == [encoding.decode_single_token_bytes(i) for i in range(size - 1)]
         for text in texts:
             assert encoding.encode_ordinary(text) == alone.encode(text).ids
 
@@ -100,9 +128,9 @@ def test_order_of_texts_does_not_matter(texts, encodings):
 def test_number_of_threads_does_not_matter():
     program = (
         "import hashlib, numpy as np\n"
-        "from gpt2.bpe import ranked_tokens, train_tokenizer\n"
+        "from gpt2.bpe import train_tokenizer, trained_tokens\n"
         "texts = [v.__doc__ for _, v in sorted(vars(np).items()) if isinstance(v.__doc__, str)]\n"
-        "print(hashlib.sha256(repr(ranked_tokens(train_tokenizer(texts, 3000))).encode()).hexdigest())\n"
+        "print(hashlib.sha256(repr(trained_tokens(train_tokenizer(texts, 3000))).encode()).hexdigest())\n"
     )
     settings = [{"RAYON_NUM_THREADS": "1"}, {"RAYON_NUM_THREADS": "4"}, {"TOKENIZERS_PARALLELISM": "false"}]
     digests = {
@@ -126,8 +154,13 @@ def test_byte_characters_are_those_of_gpt2s_file():
 
 
 def test_text_too_small_for_the_vocabulary_is_refused():
-    with pytest.raises(UserError, match=r"vocab_sizes=300 .* 25\d tokens .* raise train_bytes"):
+    with pytest.raises(UserError, match=r"300 tokens is more than the 25\d that 1 documents .*vocabulary\.train_bytes"):
         train_encodings(["one two"], [257, 300])
+
+
+def test_vocabulary_smaller_than_bytes_and_end_of_text_is_refused():
+    with pytest.raises(UserError, match=r"vocabulary of 256 tokens lacks some of the 256 bytes and end-of-text"):
+        train_encodings(["one two"], [256])
 
 
 # Figures
@@ -152,16 +185,21 @@ def test_text_figures_by_hand():
     assert figures["tokens_per_document"] == 34
     assert figures["documents_in_context_percent"] == 50
     assert figures["embedding_params"] == 4800
+    model = GPT(GPTConfig(**MODEL, vocab_size=300, norm="preln"))
+    assert figures["embedding_params_percent"] == pytest.approx(100 * 4800 / model.n_params())
+    # fp32 logits of 64 positions.
+    assert figures["logits_bytes"] == 64 * 300 * 4
     assert figures["flops_per_byte"] == training_flops_per_token(SHAPE, 300) / 2
 
 
 def test_word_figures_by_hand():
     tokens = [bytes([b]) for b in range(256)] + [b"ab", b" ab"]
-    # "ab" and " ab" are one token each, "abc" two, " x" two.
-    figures = measure_words({"ab": 3, " ab": 4, "abc": 2, " x": 1}, make_encoding("toy", tokens))
-    assert figures["tokens_per_word"] == pytest.approx((3 + 4 + 2 * 2 + 2) / 10)
-    assert figures["tokens_per_word_type"] == pytest.approx(6 / 4)
-    assert figures["words_kept_whole_percent"] == pytest.approx(70)
+    # "ab" and " ab" are one token each, "abc" two, " x" two, "xyz" three.
+    figures = measure_words({"ab": 3, " ab": 4, "abc": 2, " x": 1, "xyz": 10}, make_encoding("toy", tokens))
+    assert figures["tokens_per_word"] == pytest.approx((3 + 4 + 2 * 2 + 2 + 3 * 10) / 20)
+    assert figures["tokens_per_word_type"] == pytest.approx(9 / 5)
+    assert figures["words_kept_whole_percent"] == pytest.approx(35)
+    assert figures["words_in_three_or_more_percent"] == pytest.approx(50)
 
 
 def test_segments_join_to_the_word():
@@ -190,9 +228,9 @@ def test_examples_are_shared_among_the_groups(encodings):
 
 
 def test_take_stops_before_the_limit():
-    assert take(["é", "ab", "c"], 4) == ["é", "ab"]
-    with pytest.raises(UserError, match="more than 1 bytes"):
-        take(["é"], 1)
+    assert take(["é", "ab", "c"], 4, "key") == ["é", "ab"]
+    with pytest.raises(UserError, match="key=1: the first document has more bytes"):
+        take(["é"], 1, "key")
 
 
 # Words
@@ -265,6 +303,18 @@ def test_groups_of_a_hand_made_text():
     }
 
 
+def test_bands_go_by_the_count_in_the_training_text():
+    counts = count_words(["ten " * 10 + "nine " * 9 + "twice once TWICE"])
+    held_out = Counter({" Ten": 3, "ten": 1, " nine": 2, "twice": 1, " once": 4, "new": 5})
+    assert band_words(held_out, counts) == {
+        "10 to 99": {" Ten": 3, "ten": 1},
+        "2 to 9": {" nine": 2, "twice": 1},
+        "once": {" once": 4},
+        "never": {"new": 5},
+    }
+    assert [*BANDS.values()] == sorted(BANDS.values(), reverse=True) and min(BANDS.values()) == 0
+
+
 def test_empty_group_is_refused():
     counts = count_words(["dataframe data frame"] * 9)
     with pytest.raises(UserError, match="held-out words is rare under rare_max_count=3; loosen"):
@@ -278,7 +328,6 @@ def test_empty_group_is_refused():
     ("sizes", "rule"),
     [
         ([256, 300], r"vocab_sizes=256 must be at least 257: all bytes and end-of-text"),
-        ([300, 65537], r"vocab_sizes=65537 must be at most 65536: token files are uint16"),
         ([600, 300], r"vocab_sizes=\[600, 300\] must be increasing"),
         ([300, 300], r"without repeats"),
         ([], r"must be increasing"),
@@ -297,7 +346,14 @@ def test_wrong_rule_is_refused():
 @pytest.fixture
 def workspace(tmp_path, monkeypatch, texts):
     """A repository root with parameters and a corpus of NumPy's docstrings."""
-    params = {"norm": "preln", "scale": "tiny", "tiny": {"model": MODEL, "tokenizer_study": SECTION}}
+    sections = {
+        "model": MODEL,
+        "vocabulary": VOCABULARY,
+        "tokenizer_study": SECTION,
+        "vocabulary_runs": RUNS,
+        "hardware": HARDWARE,
+    }
+    params = {"norm": "preln", "scale": "tiny", "tiny": sections}
     YAML().dump(params, tmp_path / "params.yaml")
     splits = {"val": texts[::20], "test": texts[10::20]}
     splits["train"] = [text for i, text in enumerate(texts) if i % 10]
@@ -311,14 +367,19 @@ def workspace(tmp_path, monkeypatch, texts):
 
 
 def test_stage_writes_consistent_reproducible_results(workspace):
-    outs = [tokenizer_study.METRICS, tokenizer_study.VOCABULARIES, tokenizer_study.EXAMPLES]
     tokenizer_study.main()
+    tables = ("vocabularies", "bands", "examples", "runs", "runs_table")
+    outs = [tokenizer_study.METRICS, *(tokenizer_study.PLOTS / f"{name}.csv" for name in tables)]
     first = [path.read_bytes() for path in outs]
     tokenizer_study.main()
     assert [path.read_bytes() for path in outs] == first
 
+    def read(name: str) -> list[dict[str, str]]:
+        with open(tokenizer_study.PLOTS / f"{name}.csv", encoding="utf-8", newline="") as lines:
+            return list(csv.DictReader(lines))
+
     metrics = json.loads(tokenizer_study.METRICS.read_text())
-    rows = list(csv.DictReader(tokenizer_study.VOCABULARIES.open()))
+    rows = read("vocabularies")
     assert [row["name"] for row in rows] == ["bpe_300", "bpe_600", "bpe_2000", "gpt2"]
     for row in rows:
         name = row.pop("name")
@@ -334,11 +395,32 @@ def test_stage_writes_consistent_reproducible_results(workspace):
     n_documents = len(list(pq.read_table("data/corpus/val")["text"])) + len(pq.read_table("data/corpus/test")["text"])
     assert total * n_documents == pytest.approx(metrics["held_out_bytes"])
 
-    examples = list(csv.DictReader(tokenizer_study.EXAMPLES.open()))
+    bands = read("bands")
+    for name in ("bpe_300", "gpt2"):
+        of_name = [band for band in bands if band["name"] == name]
+        assert sum(int(band["words"]) for band in of_name) == metrics["words"]
+        tokens = sum(int(band["words"]) * float(band["tokens_per_word"]) for band in of_name)
+        assert tokens / metrics["words"] == pytest.approx(metrics[f"{name}_tokens_per_word"])
+
+    runs, table = read("runs"), read("runs_table")
+    assert list(runs[0]) == list(RUN_COLUMNS) and list(table[0]) == list(TABLE_COLUMNS)
+    names = ["bpe_300", "bpe_600", "bpe_2000", "gpt2"]
+    expected = [(budget, name, seed) for budget in ("4e8", "8e8") for name in names for seed in ("1", "2")]
+    assert [(run["budget"], run["name"], run["seed"]) for run in runs] == [
+        (str(float(budget)), name, seed) for budget, name, seed in expected
+    ]
+    for row in table[4:]:
+        assert metrics[f"{row['name']}_bits_per_byte"] == float(row["bits_per_byte"])
+    assert metrics["runs_seeds"] == 2 and metrics["budget_2_flops"] == 8e8
+
+    examples = read("examples")
+    assert len(examples) == SECTION["n_examples"]
     assert list(examples[0]) == ["word", "group", "bpe_300", "bpe_600", "bpe_2000", "gpt2"]
     assert {row["group"] for row in examples} == {"rare", "compound", "technical"}
     speed = json.loads(Path("metrics/speed/tokenizer_study.json").read_text())
-    assert speed["train_vocabularies_seconds"] > 0 and speed["gpt2_encode_mb_per_s"] > 0
+    assert speed["gpt2_encode_mb_per_s"] > 0
+    for size in SIZES:
+        assert speed[f"bpe_{size}_train_seconds"] > 0 and speed[f"bpe_{size}_train_peak_memory_gib"] > 0.01
 
 
 def test_stage_without_a_corpus_says_what_to_run(workspace):
@@ -346,3 +428,28 @@ def test_stage_without_a_corpus_says_what_to_run(workspace):
     with pytest.raises(SystemExit, match=r"tokenizer-study: .*val.*dvc repro"):
         tokenizer_study.main()
     assert not tokenizer_study.METRICS.exists()
+
+
+def test_the_vocabulary_of_tokenize_is_that_of_the_study(workspace):
+    config = VocabularyConfig(**VOCABULARY)
+    studied, _ = train_apart(SIZES, config, Path("data/corpus"))
+    for expected in studied:
+        alone = encoding_for(expected.name, Path("data/corpus"), config)
+        assert alone.name == expected.name and ranked_tokens(alone) == ranked_tokens(expected)
+    assert encoding_for("gpt2", Path("data/corpus"), config).name == "gpt2"
+
+
+def test_the_text_of_vocabularies_has_a_limit(workspace):
+    with pytest.raises(UserError, match=r"vocabulary of 2000 tokens is more than the \d+ .*vocabulary\.train_bytes"):
+        train_apart([300, 2000], VocabularyConfig(train_bytes=3000), Path("data/corpus"))
+    with pytest.raises(UserError, match=r"vocabulary\.train_bytes=1: the first document has more bytes"):
+        encoding_for("bpe_300", Path("data/corpus"), VocabularyConfig(train_bytes=1))
+
+
+def test_the_command_line_writes_the_vocabulary(workspace, capsys):
+    bpe.main(["--size", "600", "--train_bytes", "10000000", "--out", "out"])
+    expected = encoding_for("bpe_600", Path("data/corpus"), VocabularyConfig(**VOCABULARY))
+    assert ranked_tokens(encoding_of(Path("out"))) == ranked_tokens(expected)
+    assert json.loads(capsys.readouterr().out).keys() == {"seconds", "peak_memory_gib"}
+    with pytest.raises(SystemExit, match=r"bpe: a vocabulary of 99 tokens lacks some"):
+        bpe.main(["--size", "99", "--train_bytes", "10000000", "--out", "out"])
