@@ -66,9 +66,13 @@ def change_runs(root: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> N
 def test_the_choice_of_gpt2_is_told_as_measured(tmp_path):
     results = invent_run(tmp_path)
     text = describe_vocabularies(results, LINKS)
-    assert "the best vocabulary, bpe_16384" in text and "smaller is better here" in text
+    assert "those learned here 2.524 (bpe_16384) to 3.101: smaller is better here" in text
     assert "The best size is 4,096 at the smallest budget and 16,384 at the largest; the reference run spends" in text
     assert "40,000 bytes of held-out documents, 900 of them in rare words" in text
+    # A model that is no better than guessing has learned nothing.
+    assert "the vocabulary's and not the model's" not in text
+    change_runs(tmp_path, lambda runs: runs.assign(rare_even_bits_per_byte=1.0))
+    assert "the vocabulary's and not the model's" in describe_vocabularies(results, LINKS)
     # With one budget there is nothing to compare.
     change_runs(tmp_path, lambda runs: runs[runs["budget"] == runs["budget"].max()])
     assert "The best size is 16,384 at every budget" in describe_vocabularies(results, LINKS)
