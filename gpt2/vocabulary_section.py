@@ -80,16 +80,20 @@ def _tell_runs(results: Results, runs: pd.DataFrame) -> str:
     own = last[last["own"]]
     budgets = " and of ".join(f"{budget:.3g}" for budget in runs["budget"].unique())
     held_out, rare = (number(results.value(f"tokenizer.runs_{part}_bytes")) for part in ("eval", "rare"))
-    read = [f"{number(row['bytes'] / 1e6)} MB with {row['name']}" for row in (own.iloc[0], own.iloc[-1])]
+    small, large = own.iloc[0], own.iloc[-1]
+    read = [f"{number(row['bytes'] / 1e6)} MB with {row['name']}" for row in (small, large)]
+    learned = large["rare_bits_per_byte"] < large["rare_even_bits_per_byte"]
+    gain = "" if learned else ", so what the larger one gains there is the vocabulary's and not the model's"
     return (
         f"Small models were trained with each vocabulary on budgets of {budgets} training FLOPs, "
         f"{number(runs['seeds'].iloc[0])} seeds each, and judged by their bits per byte of {held_out} bytes of "
         f"held-out documents, {rare} of them in rare words. Equal computation is not equal text: at the largest "
         f"budget a run reads {' and '.join(read)}, with the same learning rate and tokens of a step. And a vocabulary "
         "brings along what it has seen: it was trained on all of the training text, rare words included. Guessing all "
-        f"tokens of {own.iloc[-1]['name']} alike, without a model, costs "
-        f"{number(own.iloc[-1]['rare_even_bits_per_byte'])} bits per byte of rare words, all of {own.iloc[0]['name']} "
-        f"{number(own.iloc[0]['rare_even_bits_per_byte'])}."
+        f"tokens alike, without a model, costs {number(large['rare_even_bits_per_byte'])} bits per byte of rare words "
+        f"with {large['name']} (trained: {number(large['rare_bits_per_byte'])}) and "
+        f"{number(small['rare_even_bits_per_byte'])} with {small['name']} (trained: "
+        f"{number(small['rare_bits_per_byte'])}){gain}."
     )
 
 
@@ -120,6 +124,7 @@ def _tell_choice(vocabularies: pd.DataFrame, runs: pd.DataFrame) -> str:
     if best.empty:
         return "Nothing follows for GPT-2's choice of 50,257: every run diverged."
     last, theirs = best.iloc[-1], runs[(runs["budget"] == runs["budget"].max()) & ~runs["own"]].iloc[0]
+    reached = runs[(runs["budget"] == runs["budget"].max()) & runs["own"]]["bits_per_byte"]
     nearest = own.iloc[(own["vocab_size"] - gpt2["vocab_size"]).abs().argmin()]
     size = number(int(last["vocab_size"]))
     smaller = last["vocab_size"] < gpt2["vocab_size"]
@@ -133,8 +138,8 @@ def _tell_choice(vocabularies: pd.DataFrame, runs: pd.DataFrame) -> str:
         f"{number(gpt2['bytes_per_token'])} bytes where {nearest['name']}, learned here, has "
         f"{number(nearest['bytes_per_token'])}, and the matrix that embeds them is "
         f"{gpt2['embedding_params_percent']:.0f} % of a model of this scale. At the largest budget it gives "
-        f"{number(theirs['bits_per_byte'])} bits per byte, the best vocabulary, {last['name']}, "
-        f"{number(last['bits_per_byte'])}: {'smaller' if smaller else 'no smaller'} is better here. {trend}{limit}"
+        f"{number(theirs['bits_per_byte'])} bits per byte, those learned here {number(reached.min())} ({last['name']}) "
+        f"to {number(reached.max())}: {'smaller' if smaller else 'no smaller'} is better here. {trend}{limit}"
     )
 
 

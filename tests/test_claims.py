@@ -1,5 +1,9 @@
 """Verdicts turn where a figure crosses its bound, and only there."""
 
+import math
+from pathlib import Path
+
+import pandas as pd
 import pytest
 
 from gpt2.claims import CLAIMS, TIMED_CLAIM, Row, judge
@@ -134,6 +138,36 @@ def test_a_vocabulary_claim_fails_on_one_step_in_the_wrong_direction(tmp_path, c
     frame.loc[1, column] = frame.loc[0, column]
     frame.to_csv(tmp_path / "plots/tokenizer/vocabularies.csv", index=False)
     assert judge(claim, results).verdict == "failed"
+
+
+def set_runs(root: Path, name: str, **columns: float) -> None:
+    """Change columns of a vocabulary's small models at the largest budget."""
+    path = root / "plots/tokenizer/runs_table.csv"
+    frame = pd.read_csv(path)
+    frame.loc[(frame["name"] == name) & (frame["budget"] == frame["budget"].max()), list(columns)] = [*columns.values()]
+    frame.to_csv(path, index=False)
+
+
+@pytest.mark.parametrize(("part", "sentence"), [("", "predicts text better"), ("rare_", "predicts rare words better")])
+def test_a_larger_vocabulary_predicts_better_only_beyond_the_spread_of_seeds(tmp_path, part, sentence):
+    results = invent_run(tmp_path)
+    assert find_row(results, sentence).verdict == "passed"
+    low = results.table("tokenizer/runs_table.csv", [])[f"{part}bits_per_byte_low"]
+    set_runs(tmp_path, "gpt2", **{f"{part}bits_per_byte_high": 99.0})
+    assert find_row(results, sentence).verdict == "passed"
+    # The first row of the larger budget is the smallest vocabulary's.
+    set_runs(tmp_path, "bpe_16384", **{f"{part}bits_per_byte_high": float(low[4])})
+    assert find_row(results, sentence).verdict == "failed"
+    set_runs(tmp_path, "bpe_16384", **{f"{part}bits_per_byte_high": math.inf})
+    assert find_row(results, sentence).verdict == "failed"
+
+
+def test_a_loss_per_token_of_another_vocabulary_reproduces_nothing(tmp_path):
+    results = invent_run(tmp_path, scale="full")
+    assert find_row(results, "Reproduces GPT-2 124M").verdict == "passed"
+    set_metric(tmp_path, "tokens.encoding", "bpe_50257")
+    row = find_row(results, "Reproduces GPT-2 124M")
+    assert row.verdict == "untested" and "nats per token of bpe_50257, another unit" in row.measured
 
 
 def test_gpt2s_own_vocabulary_does_not_decide_a_vocabulary_claim(tmp_path):

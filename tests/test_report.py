@@ -5,9 +5,11 @@ import math
 import re
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 
 from gpt2.figures import FIGURES, TIMED_FIGURES
@@ -16,6 +18,7 @@ from gpt2.markup import literal, number, table, to_html
 from gpt2.report import write_report
 from gpt2.results import stage_of
 from gpt2.studies import describe_heads, describe_norms, describe_training
+from gpt2.vocabulary_section import describe_vocabularies
 from stages import report
 from tests.invented_run import LAYER_COLUMNS, break_off, invent_run, load_weights, set_metric, set_norm_study
 
@@ -53,6 +56,36 @@ def test_missing_files_columns_and_rows_are_named(tmp_path):
     write_csv(tmp_path / "plots/train/eval.csv", ("tokens", "val_loss"), [])
     with pytest.raises(UserError, match=r"plots/train/eval.csv has no rows"):
         results.table("train/eval.csv", ["val_loss"])
+
+
+def change_runs(root: Path, change: Callable[[pd.DataFrame], pd.DataFrame]) -> None:
+    path = root / "plots/tokenizer/runs_table.csv"
+    change(pd.read_csv(path)).to_csv(path, index=False)
+
+
+def test_the_choice_of_gpt2_is_told_as_measured(tmp_path):
+    results = invent_run(tmp_path)
+    text = describe_vocabularies(results, LINKS)
+    assert "those learned here 2.524 (bpe_16384) to 3.101: smaller is better here" in text
+    assert "The best size is 4,096 at the smallest budget and 16,384 at the largest; the reference run spends" in text
+    assert "40,000 bytes of held-out documents, 900 of them in rare words" in text
+    # A model that is no better than guessing has learned nothing.
+    assert "the vocabulary's and not the model's" not in text
+    change_runs(tmp_path, lambda runs: runs.assign(rare_even_bits_per_byte=1.0))
+    assert "the vocabulary's and not the model's" in describe_vocabularies(results, LINKS)
+    # With one budget there is nothing to compare.
+    change_runs(tmp_path, lambda runs: runs[runs["budget"] == runs["budget"].max()])
+    assert "The best size is 16,384 at every budget" in describe_vocabularies(results, LINKS)
+
+
+def test_small_models_that_diverged_are_told_without_a_figure(tmp_path):
+    results = invent_run(tmp_path)
+    keys = [column for column in results.table("tokenizer/runs_table.csv", []) if "bits_per_byte" in column]
+    lost = [key for key in keys if "even" not in key]
+    change_runs(tmp_path, lambda runs: runs.assign(**{key: math.inf for key in lost}))
+    text = describe_vocabularies(results, LINKS)
+    assert "every run diverged" in text and "n/a (n/a to n/a)" in text
+    FIGURES["vocabulary_runs"](results)
 
 
 def test_stages_are_named_as_in_the_pipeline():
