@@ -212,7 +212,7 @@ except UserError as error:
 
 
 def read_hub(home: Path, address: str, **changes) -> list[dict] | str:
-    env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": address, "PYTHONPATH": str(ROOT)}
+    env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
     section = json.dumps({"source": "hub", "revision": COMMIT, **changes})
     ended = subprocess.run([sys.executable, "-c", PROBE, section], env=env, capture_output=True, text=True, timeout=60)
     assert ended.returncode == 0, ended.stderr

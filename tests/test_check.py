@@ -141,7 +141,7 @@ def test_without_a_recorded_run_times_come_from_the_device(repository, capsys):
     status, told = run(capsys)
     assert status == 0
     assert "176 GFLOP/s" in told and "44% of the 400 GFLOP/s just measured for float32 products" in told
-    assert "without prepare, benchmark, tokenize" in VERDICT.search(told)[0]
+    assert "without prepare, benchmark, report" in VERDICT.search(told)[0]
 
 
 def test_gpus_get_a_column_of_their_own(repository):

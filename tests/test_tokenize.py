@@ -172,6 +172,7 @@ def test_the_identity_is_that_of_content_encoding_and_shards(folder):
 SETTINGS = {
     "scale": "tiny",
     "tiny": {
+        "vocabulary": {"train_bytes": 1000},
         "tokenize": {"encoding": "gpt2", "shard_tokens": 2000},
         "hardware": {
             **{"nproc": 1, "threads": 1, "workers": 2, "max_restarts": 0},

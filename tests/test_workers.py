@@ -56,8 +56,18 @@ def process_number(_: int) -> int:
     return os.getpid()
 
 
+# What other tests started, as the process that multiprocessing keeps to track resources, is none of ours.
+OTHERS: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def know_others() -> None:
+    OTHERS.clear()
+    OTHERS.update(psutil.Process().children())
+
+
 def children() -> list[psutil.Process]:
-    return psutil.Process().children()
+    return [process for process in psutil.Process().children() if process not in OTHERS]
 
 
 @pytest.mark.parametrize("workers", [1, 2, 3])
