@@ -76,7 +76,7 @@ MODEL = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 64}
 SHAPE = ModelShape(**MODEL)
 VOCABULARY = {"train_bytes": 10**7}
 RUNS = {
-    **{"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "budgets": [4e8, 5e8], "seeds": [1, 2]},
+    **{"n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "budgets": [4e8, 5e8], "seeds": [1]},
     **{"max_lr": 4e-3, "min_lr_fraction": 0.1, "warmup_fraction": 0.1, "beta1": 0.9, "beta2": 0.98},
     **{"weight_decay": 0.1, "grad_clip": 1.0, "batch_windows": 2, "micro_batch": 64, "precision": "float32"},
     **{"text_bytes": 50_000, "eval_bytes": 50_000},
@@ -405,13 +405,11 @@ def test_stage_writes_consistent_reproducible_results(workspace):
     runs, table = read("runs"), read("runs_table")
     assert list(runs[0]) == list(RUN_COLUMNS) and list(table[0]) == list(TABLE_COLUMNS)
     names = ["bpe_300", "bpe_600", "bpe_2000", "gpt2"]
-    expected = [(budget, name, seed) for budget in ("4e8", "5e8") for name in names for seed in ("1", "2")]
-    assert [(run["budget"], run["name"], run["seed"]) for run in runs] == [
-        (str(float(budget)), name, seed) for budget, name, seed in expected
-    ]
+    expected = [(str(budget), name, "1") for budget in (4e8, 5e8) for name in names]
+    assert [(run["budget"], run["name"], run["seed"]) for run in runs] == expected
     for row in table[4:]:
         assert metrics[f"{row['name']}_bits_per_byte"] == float(row["bits_per_byte"])
-    assert metrics["runs_seeds"] == 2 and metrics["budget_2_flops"] == 5e8
+    assert metrics["runs_seeds"] == 1 and metrics["budget_2_flops"] == 5e8
 
     examples = read("examples")
     assert len(examples) == SECTION["n_examples"]
