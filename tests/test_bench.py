@@ -154,7 +154,7 @@ def test_both_methods_of_tokenizing_write_the_same_tokens(parquet, tmp_path, mon
     ours = np.concatenate([split.read(0, split.n_tokens) for split in splits])
     assert theirs.tolist() == ours.tolist()
     assert {row: turn["tokens"] for row, turn in told.items()} == dict.fromkeys(told, len(ours))
-    assert tokenize.run_row(tokenize.BARE, corpus, tmp_path)["bytes_per_s"] > 0
+    assert tokenize.run_row(f"{tokenize.BARE}2", corpus, tmp_path)["bytes_per_s"] > 0
 
 
 def test_rates_of_tokenizing_are_those_of_the_fastest_turn():
@@ -168,29 +168,21 @@ def test_rates_of_tokenizing_are_those_of_the_fastest_turn():
         }
 
     turns = {
-        tokenize.BARE: [{"bytes_per_s": 9e6}, {"bytes_per_s": 10e6}],
+        f"{tokenize.BARE}1": [{"bytes_per_s": 9e6}, {"bytes_per_s": 10e6}],
+        f"{tokenize.BARE}2": [{"bytes_per_s": 20e6}],
+        f"{tokenize.BARE}4": [{"bytes_per_s": 30e6}],
         tokenize.NANOGPT: [turn(20, 300, 60), turn(25, 310, 50)],
         "1": [turn(16, 200), turn(14, 210)],
         "4": [turn(5, 220, 140), turn(9, 190, 150)],
     }
     table = tokenize.tabulate(turns, n_bytes=120_000_000, cores=4)
     # Two processes of four cores: 6 MB/s of 20.
-    theirs = ["2", "6.0", "50", "1.00", "–", "30 %", "40.0", "310 MiB", "60 MiB"]
+    theirs = ["2", "6.0", "50", "1.00", "–", "20.0", "30 %", "40.0", "310 MiB", "60 MiB"]
     assert read_cells(table, "build-nanogpt's method")[1:] == theirs
-    assert read_cells(table, "this project")[1:] == ["1", "8.6", "71", "1.43", "1.00", "86 %", "28.0", "210 MiB", "–"]
-    last = table.splitlines()[4].strip("|").split("|")
-    assert [cell.strip() for cell in last][1:] == [
-        "4",
-        "24.0",
-        "200",
-        "4.00",
-        "2.80",
-        "60 %",
-        "10.0",
-        "220 MiB",
-        "150 MiB",
-    ]
-    assert "Limit: 10.0 MB/s for each process" in table
+    one = ["1", "8.6", "71", "1.43", "1.00", "10.0", "86 %", "28.0", "210 MiB", "–"]
+    assert read_cells(table, "this project")[1:] == one
+    last = [cell.strip() for cell in table.splitlines()[4].strip("|").split("|")]
+    assert last[1:] == ["4", "24.0", "200", "4.00", "2.80", "30.0", "80 %", "10.0", "220 MiB", "150 MiB"]
 
 
 def test_tokenizing_names_missing_files():
