@@ -31,7 +31,7 @@ PRODUCT_SHARE = {"cpu": 0.44, "cuda": 0.50}
 STUDY_SHARE = {"cpu": 1.0, "cuda": 0.5}
 # Text that one process reads, hashes and writes as Parquet, in bytes per second.
 READ_RATE = 1e8
-# Text that one process tokenizes, in bytes per second: bench/results/tokenize.md.
+# Text that one process tokenizes, in bytes per second: bench/results/tokenize_2_cores.md.
 ENCODE_RATE = 2e7
 # Synced writes of a checkpoint, in bytes per second.
 WRITE_RATE = 5e8

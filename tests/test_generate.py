@@ -13,7 +13,6 @@ import torch
 from pydantic import ValidationError
 
 from gpt2 import generate as module
-from gpt2.cache import SPAN
 from gpt2.files import UserError
 from gpt2.generate import GenerateConfig, SamplingConfig, draw_tokens, generate, stream, window_start
 from gpt2.model import GPT, GPTConfig
@@ -61,8 +60,9 @@ def draw_without_cache(model: GPT, prompt: torch.Tensor, sampling: SamplingConfi
             if sampling.temperature == 0:
                 ids.append(int(logits.argmax()))
             else:
-                probabilities = (logits / sampling.temperature).softmax(0)
-                ids.append(int(torch.multinomial(probabilities, 1, generator=own)))
+                mass = (logits.double() / sampling.temperature).softmax(0).cumsum(0)
+                u = torch.rand((), dtype=torch.float64, generator=own)
+                ids.append(int((mass < mass[-1] * (1 - u)).sum()))
         rows.append(ids[len(prompt) :])
     return rows
 
@@ -116,16 +116,17 @@ def test_the_cache_changes_no_token(kind, length, temperature):
     assert draw_rows(model, prompt, sampling) == draw_without_cache(model, prompt, sampling)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the cache records its steps on a GPU alone")
-@pytest.mark.parametrize("temperature", [0.0, 1.0])
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are for a GPU")
+@pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {}, {"top_k": 9}, {"top_p": 0.6}], ids=str)
+@pytest.mark.parametrize("num_seq", [1, 5, 11])
 @pytest.mark.parametrize("kind", KINDS)
-def test_a_recorded_step_changes_no_token(kind, temperature):
-    config = make_decided(**KINDS[kind]).config.model_copy(update={"block_size": 2 * SPAN + 10})
+def test_a_gpu_draws_the_same_tokens(kind, num_seq, sampling):
+    config = make_decided(**KINDS[kind]).config.model_copy(update={"block_size": 300})
     model = GPT(config, seed=0).double()
     with torch.no_grad():
         model.wte.weight *= 12
-    # Some sequences end early, so that steps of fewer rows are recorded too.
-    sampling = make_sampling(temperature=temperature, max_tokens=3 * SPAN, num_seq=4)
+    # Some sequences end early, and the context is full twice.
+    sampling = make_sampling(max_tokens=600, num_seq=num_seq, **sampling)
     on_cpu = draw_rows(model, PROMPT, sampling, eot_token=7)
     assert draw_rows(model.cuda(), PROMPT, sampling, eot_token=7) == on_cpu
 

@@ -34,7 +34,7 @@ from tests.pipeline import (
 # A module imports from its own layer and from those before it.
 LAYERS = {
     "leaf": "files params stage hardware shape dist shards loss loss_kernel stability interrupt heartbeat rows "
-    "markup machine units scratch workers",
+    "markup machine units scratch workers recorded decode_kernels draw_kernels",
     "core": "model cache layers weights pretrained checkpoint optim data windows tokenizer items corpus docstrings "
     "sources encode dedup hub vocabulary",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "

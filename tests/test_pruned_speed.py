@@ -37,8 +37,8 @@ def test_what_is_timed_is_greedy_generation_within_the_context(norm, monkeypatch
     monkeypatch.setattr(Cache, "extend", lambda self, idx: extended.append(idx) or extend(self, idx))
     with torch.no_grad():
         pruned_speed._rates(model, prompts)
-        # The first one warms up.
-        written, text = torch.cat(extended[1:], 1), prompts
+        # The first two warm up.
+        written, text = torch.cat(extended[2:], 1), prompts
         for _ in range(written.shape[1]):
             text = torch.cat([text, model(text)[:, -1:].argmax(-1)], 1)
     assert text.shape[1] == BLOCK_SIZE and torch.equal(text[:, BLOCK_SIZE // 2 :], written)
