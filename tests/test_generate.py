@@ -14,8 +14,9 @@ from pydantic import ValidationError
 
 from gpt2 import generate as module
 from gpt2.files import UserError
-from gpt2.generate import GenerateConfig, SamplingConfig, draw_tokens, generate, stream, window_start
+from gpt2.generate import GenerateConfig, generate, stream
 from gpt2.model import GPT, GPTConfig
+from gpt2.sampling import SamplingConfig, draw_tokens, window_start
 from gpt2.weights import save_model
 from tests.analysed import BLOCK_SIZE, VOCAB_SIZE, make_model
 from tests.closure import ROOT

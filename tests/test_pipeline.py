@@ -35,8 +35,8 @@ from tests.pipeline import (
 LAYERS = {
     "leaf": "files params stage hardware shape dist shards loss loss_kernel stability interrupt heartbeat rows "
     "markup machine units scratch workers recorded decode_kernels draw_kernels",
-    "core": "model cache layers weights pretrained checkpoint optim data windows tokenizer items corpus docstrings "
-    "sources encode dedup hub vocabulary",
+    "core": "model cache sampling layers weights pretrained checkpoint optim data windows tokenizer items corpus "
+    "docstrings sources encode dedup hub vocabulary",
     "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
     "train_results norm_study generate card export heads redundancy criteria prune prunability repair frontier "
     "circuits nulls iterative similar_orders intervals costs chance mcnemar pruned_scores pruned_speed recovery "

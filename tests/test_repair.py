@@ -7,10 +7,10 @@ import torch
 from gpt2 import repair
 from gpt2.evaluate import mean_loss
 from gpt2.files import UserError
-from gpt2.generate import SamplingConfig, draw_tokens
 from gpt2.heads import Head, capture_heads
 from gpt2.model import GPT
 from gpt2.prune import remove_heads
+from gpt2.sampling import SamplingConfig, draw_tokens
 from gpt2.weights import load_model, save_model
 from tests.analysed import make_model, make_windows
 
