@@ -124,11 +124,11 @@ def _check_without_gpu(plan: Plan, estimates: Sequence[Estimate]) -> Finding:
 
 
 def check_compiler(device_type: str, which: Callable[[str], str | None] = shutil.which) -> Finding:
-    """What Triton needs at the first loss on a GPU, and torch.compile at the first step of training."""
+    """What Triton needs at the first loss and token on a GPU, and torch.compile at the first step of training."""
     variable, names = COMPILERS[device_type]
     found = [path for name in (os.environ.get(variable), *names) if name and (path := which(name))]
     on_gpu = device_type == "cuda"
-    needed = "the loss on a GPU" if on_gpu else "train.compile"
+    needed = "the loss and generation on a GPU" if on_gpu else "train.compile"
     if found:
         return Finding("compiler", OK, f"{found[0]}, for {needed}")
     remedy = f"install one or name it in {variable}" + ("" if on_gpu else ", or set train.compile=false")
