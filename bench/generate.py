@@ -5,10 +5,10 @@
 Both continue one prompt of PROMPT tokens in SEQUENCES sequences by TOKENS tokens, with temperature 0.8 and top_k 50, on
 a GPU if there is one, else with as many threads as hardware.threads says. This project computes in fp32, on a GPU with
 TF32 where torch multiplies, for the prompt and the logits; nanoGPT on a CPU too, on a GPU under bfloat16 autocast as in
-its sample.py. This project generates all of it, ROUNDS times. nanoGPT keeps no keys and values: every token costs a pass over the whole text, whose time
-depends on the length of the text alone. So one token of its sampler is timed at SAMPLED lengths from the first to the
-last, once in each of the same rounds, and its whole time is the sum over all lengths of the line between them. The page
-says so.
+its sample.py. This project generates all of it, ROUNDS times. nanoGPT keeps no keys and values: every token costs a
+pass over the whole text, whose time depends on the length of the text alone. So one token of its sampler is timed at
+SAMPLED lengths from the first to the last, once in each of the same rounds, and its whole time is the sum over all
+lengths of the line between them. The page says so.
 
 The fastest round counts; the median stands beside it. The limit is arithmetic: no step can take less time than reading
 all weights once, at the rate at which the machine reads memory (the fastest sum over an array of BANDWIDTH_BYTES). Keys
