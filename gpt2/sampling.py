@@ -13,6 +13,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
 from torch import Tensor
 
 from gpt2.cache import Cache
+from gpt2.files import UserError
 from gpt2.model import GPT
 from gpt2.params import Config
 from gpt2.recorded import Recorded
@@ -55,7 +56,8 @@ def draw_tokens(model: GPT, prompt: Tensor, sampling: SamplingConfig, eot_token:
     A sequence that drew the end-of-text token is left out from there on, and on a CPU costs nothing any more. Ids that
     pad the vocabulary are never drawn. Each sequence has random numbers of its own, one for a token, which depend on
     the seed and its number alone: neither more sequences nor more tokens change what it says, nor does the device (but
-    for the rounding of products of another size, which decides where two tokens are as good as equal).
+    for the rounding of products of another size, which decides where two tokens are as good as equal). Raises UserError
+    if the model gives no numbers.
     """
     ended: set[int] = set()
     for sequences, chosen in _read_behind(_draw_steps(model, prompt, sampling, eot_token)):
@@ -84,7 +86,7 @@ def _draw_steps(
     idx = prompt[None].to(device)
     for n_tokens in range(len(prompt), len(prompt) + sampling.max_tokens):
         start, before = window_start(n_tokens, model.config.block_size), start
-        hidden = cache.extend(idx[:, -1:]) if start == before else cache.begin(idx[:, start:])
+        hidden = cache.extend(idx[:, -1:]) if start == before else _finite(cache.begin(idx[:, start:]))
         numbers = next(uniforms) if on_gpu else next(uniforms)[sequences]
         chosen = choose(hidden.expand(len(sequences), -1), numbers)
         yield sequences, chosen
@@ -92,6 +94,12 @@ def _draw_steps(
         if not on_gpu and len(going := (chosen != eot_token).nonzero().flatten()) < len(sequences):
             sequences, idx = [sequences[row] for row in going.tolist()], idx[going]
             cache.keep(going)
+
+
+def _finite(hidden: Tensor) -> Tensor:
+    if hidden.isfinite().all():
+        return hidden
+    raise UserError("the hidden states of the model are not finite, so its weights are damaged; take another model")
 
 
 def _read_behind(steps: Iterator[tuple[list[int], Tensor]]) -> Iterator[tuple[list[int], Tensor]]:

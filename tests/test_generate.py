@@ -7,6 +7,7 @@ import re
 import signal
 import subprocess
 import sys
+from functools import partial
 
 import pytest
 import torch
@@ -270,6 +271,14 @@ def test_generation_stops_when_all_sequences_have_ended(model):
     assert len(passes) == 1
 
 
+@pytest.mark.parametrize("sampling", [{}, {"top_k": 3}, {"temperature": 0.0}], ids=str)
+def test_a_model_that_gives_no_numbers_is_refused(model, sampling):
+    with torch.no_grad():
+        model.h[1].mlp.c_fc.weight[3, 2] = torch.nan
+    with pytest.raises(UserError, match="hidden states of the model are not finite, so its weights are damaged"):
+        draw_rows(model, PROMPT, make_sampling(**sampling))
+
+
 def test_an_end_of_text_token_in_the_prompt_ends_nothing(model):
     rows = draw_rows(model, torch.tensor([7, 5, 7]), make_sampling(temperature=0.0), eot_token=7)
     assert rows == [likeliest(model, torch.tensor([7, 5, 7]), 12)]
@@ -394,7 +403,9 @@ def test_the_command_warns_of_a_prompt_beyond_the_context(folder, capsys):
 
 def start_command(folder, *options: str, stdout) -> subprocess.Popen:
     command = [sys.executable, "-m", "gpt2.generate", "--model", str(folder), *options]
-    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE)
+    # A job in the background of a script ignores interrupts, and so would its children.
+    heed = partial(signal.signal, signal.SIGINT, signal.SIG_DFL)
+    return subprocess.Popen(command, cwd=ROOT, stdout=stdout, stderr=subprocess.PIPE, preexec_fn=heed)
 
 
 def test_a_reader_that_goes_away_and_a_person_who_interrupts_end_the_command_quietly(folder):
