@@ -27,8 +27,8 @@ dvc.lock.processor.json: dvc.lock
 	python -m tests.verify --record
 	@touch $@
 
-test: setup  ## the test suite
-	python -m pytest
+test: setup  ## the test suite, a file of it to a process
+	python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 verify: setup  ## rebuild in a temporary clone and compare with dvc.lock
 	python -m tests.verify
