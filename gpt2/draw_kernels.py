@@ -9,10 +9,12 @@ from torch import Tensor
 MAX_TOP_K = 64
 # Ids for one program, and the warps of it.
 IDS, WARPS = 2048, 16
+# A kernel's numbers are fp32, in which a smaller one would be zero.
+SMALLEST = 1e-30
 
 
 def draw_top_k(logits: Tensor, uniforms: Tensor, top_k: int, top_p: float, temperature: float) -> Tensor:
-    """Token ids (B,) drawn from logits (B, V) by a number of `uniforms` (B,) each, as gpt2.generate defines it."""
+    """Token ids (B,) drawn from logits (B, V) by a number of `uniforms` (B,) each, as gpt2.sampling defines it."""
     rows, vocab_size = logits.shape
     top_k, width = min(top_k, vocab_size), max(2, triton.next_power_of_2(top_k))
     parts = triton.cdiv(vocab_size, IDS)
@@ -22,8 +24,8 @@ def draw_top_k(logits: Tensor, uniforms: Tensor, top_k: int, top_p: float, tempe
     _best_of_part[rows, parts](logits, best, *strides, vocab_size, IDS=IDS, WIDTH=width, num_warps=WARPS)
     candidates = triton.next_power_of_2(parts * width)
     _draw[(rows,)](
-        best, uniforms, drawn, parts * width, top_k, top_p, temperature, CANDIDATES=candidates, WIDTH=width,
-        num_warps=WARPS,
+        best, uniforms, drawn, parts * width, top_k, max(top_p, SMALLEST), max(temperature, SMALLEST),
+        CANDIDATES=candidates, WIDTH=width, num_warps=WARPS,
     )  # fmt: skip
     return drawn
 

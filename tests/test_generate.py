@@ -118,7 +118,11 @@ def test_the_cache_changes_no_token(kind, length, temperature):
     assert draw_rows(model, prompt, sampling) == draw_without_cache(model, prompt, sampling)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are for a GPU")
+on_a_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernels are for a GPU")
+NARROWEST = [{"top_k": 1}, {"top_p": 1e-9}, {"top_p": 1e-300}, {"temperature": 1e-6}, {"temperature": 1e-300}]
+
+
+@on_a_gpu
 @pytest.mark.parametrize("sampling", [{"temperature": 0.0}, {}, {"top_k": 9}, {"top_p": 0.6}], ids=str)
 @pytest.mark.parametrize("num_seq", [1, 5, 11])
 @pytest.mark.parametrize("kind", KINDS)
@@ -131,6 +135,33 @@ def test_a_gpu_draws_the_same_tokens(kind, num_seq, sampling):
     sampling = make_sampling(max_tokens=600, num_seq=num_seq, **sampling)
     on_cpu = draw_rows(model, PROMPT, sampling, eot_token=7)
     assert draw_rows(model.cuda(), PROMPT, sampling, eot_token=7) == on_cpu
+
+
+@on_a_gpu
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0)], ids=["kernels one by one", "kernels that overlap"])
+@pytest.mark.parametrize("n_head", [12, 16, 20, 25], ids=["124M", "355M", "774M", "1558M"])
+def test_a_gpu_draws_the_same_tokens_at_all_widths_of_gpt2(n_head, capability, monkeypatch):
+    if torch.cuda.get_device_capability() < capability:
+        pytest.skip("kernels cannot overlap before compute capability 9.0")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _: capability)
+    shape = {"n_layer": 2, "n_head": n_head, "n_embd": 64 * n_head, "block_size": 300, "vocab_size": 5000}
+    model = GPT(GPTConfig(**shape, norm="preln"), seed=0).double()
+    with torch.no_grad():
+        model.wte.weight *= 3
+        for block in model.h:
+            for linear in (block.attn.c_attn, block.attn.c_proj, block.mlp.c_fc, block.mlp.c_proj):
+                linear.weight *= 4
+    sampling = make_sampling(max_tokens=200, num_seq=3, top_k=50)
+    on_cpu = draw_rows(model, PROMPT, sampling)
+    assert draw_rows(model.cuda(), PROMPT, sampling) == on_cpu
+
+
+@on_a_gpu
+@pytest.mark.parametrize("changed", NARROWEST, ids=str)
+def test_the_narrowest_sampling_takes_the_likeliest_token_on_a_gpu(model, changed):
+    expected = likeliest(model, PROMPT, 12)
+    rows = draw_rows(model.cuda(), PROMPT, make_sampling(num_seq=3, **{"top_k": 50, **changed}))
+    assert rows == 3 * [expected]
 
 
 @pytest.mark.parametrize("block_size", [1, 2, 7])
@@ -174,7 +205,7 @@ def test_a_pass_takes_one_token_but_for_one_in_half_a_context(model):
     assert passes == [(1, len(PROMPT)), *until_full, again, *until_full_again, again, (4, 1), (4, 1), (4, 1)]
 
 
-@pytest.mark.parametrize("changed", [{"top_k": 1}, {"top_p": 1e-9}, {"temperature": 1e-6}])
+@pytest.mark.parametrize("changed", NARROWEST, ids=str)
 def test_the_narrowest_sampling_takes_the_likeliest_token(model, changed):
     rows = draw_rows(model, PROMPT, make_sampling(num_seq=3, **changed))
     assert rows == 3 * [likeliest(model, PROMPT, 12)]
