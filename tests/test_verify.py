@@ -270,6 +270,15 @@ def test_uncommitted_edits_are_refused_by_name(project, tmp_path):
         verify.main([], copied)
 
 
+def test_uncommitted_results_are_allowed_and_the_committed_ones_compared(project, tmp_path, capfd):
+    copied = tmp_path / "project"
+    run(tmp_path, "git", "clone", "--quiet", str(project), str(copied))
+    write_json(copied / "metrics/train.json", {"val_loss": 7.0})
+    write_text(copied / "dvc.lock", (copied / "dvc.lock").read_text() + "# of another machine\n")
+    verify.main([], copied)
+    assert "2 of 2 results are equal bit for bit" in capfd.readouterr().out
+
+
 def test_the_record_changes_with_the_results_alone(project, tmp_path):
     copied = tmp_path / "project"
     run(tmp_path, "git", "clone", "--quiet", str(project), str(copied))

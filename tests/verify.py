@@ -14,9 +14,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 
 from gpt2.files import UserError, read_json, write_json
 from tests.closure import ROOT
@@ -52,6 +52,11 @@ def read_run(root: Path) -> Run:
     return Run(stages, {path.stem: read_json(root / path) for path in paths})
 
 
+def outputs_of(stages: Mapping[str, dict]) -> list[str]:
+    """Paths of all outs and metrics, timed ones included."""
+    return [out["path"] for entry in stages.values() for out in entry["outs"]]
+
+
 def record(root: Path) -> bool:
     """Write the processor beside the lock if the lock's results are not those already recorded; say whether."""
     found = digest(read_run(root).stages)
@@ -72,19 +77,29 @@ def read_record(root: Path, stages: Mapping[str, dict]) -> dict[str, str]:
     return found["processor"]
 
 
-def require_committed(root: Path) -> None:
-    """Raise UserError if a tracked file differs from the commit that would be cloned."""
+def require_committed(root: Path, results: Iterable[str]) -> None:
+    """Raise UserError if a tracked file differs from the commit that would be cloned.
+
+    `results` may differ: what a run on this machine wrote is neither rebuilt from nor compared with.
+    """
     command = ["git", "status", "--porcelain", "--untracked-files=no"]
     changed = subprocess.run(command, cwd=root, capture_output=True, text=True, check=True).stdout.splitlines()
-    if changed:
-        files = ", ".join(line[3:] for line in changed)
-        raise UserError(f"verify rebuilds the committed state, and these files differ from it: {files}; commit them")
+    paths = [PurePosixPath(line[3:].strip('"')) for line in changed]
+    edited = [str(path) for path in paths if not any(path.is_relative_to(result) for result in results)]
+    if edited:
+        raise UserError(
+            f"verify rebuilds the committed state, and these files differ from it: {', '.join(edited)}; commit them"
+        )
 
 
-def rebuild(root: Path, folder: Path) -> None:
-    """Clone `root` at its commit into `folder`, remove every result, and run the pipeline with a cache of its own."""
+def clone(root: Path, folder: Path) -> None:
+    """Clone the commit of `root`; what is changed or not committed there stays behind."""
     subprocess.run(["git", "clone", "--quiet", str(root), str(folder)], check=True)
-    for path in [out["path"] for entry in read_run(folder).stages.values() for out in entry["outs"]]:
+
+
+def rebuild(folder: Path) -> None:
+    """Remove every result of the clone `folder` and run its pipeline with a cache of its own."""
+    for path in outputs_of(read_run(folder).stages):
         # What is not in Git is not in the clone; a folder in Git is the report's figures.
         subprocess.run(["git", "rm", "-r", "-q", "--ignore-unmatch", path], cwd=folder, check=True)
     (folder / LOCK).unlink()
@@ -151,13 +166,14 @@ def _table(rows: list[Row]) -> list[str]:
 
 def verify(root: Path) -> bool:
     """Rebuild `root` at its commit, print the comparison, and say whether it holds."""
-    require_committed(root)
-    recorded = read_run(root)
-    recorded_on = read_record(root, recorded.stages)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="verify-") as place:
         folder = Path(place, "clone")
-        rebuild(root, folder)
+        clone(root, folder)
+        recorded = read_run(folder)
+        recorded_on = read_record(folder, recorded.stages)
+        require_committed(root, [str(LOCK), str(RECORD), *outputs_of(recorded.stages)])
+        rebuild(folder)
         rebuilt = read_run(folder)
     holds, report = judge(recorded, rebuilt, recorded_on, describe_processor())
     print(f"\n{report} after {time.monotonic() - started:.0f} s")
