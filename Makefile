@@ -6,7 +6,7 @@ export PATH := $(abspath $(VENV))/bin:$(PATH)
 export OMP_NUM_THREADS ?= 1
 export DVC_NO_ANALYTICS := 1
 
-.PHONY: setup repro test verify bench
+.PHONY: setup lint repro test verify bench
 
 setup: $(VENV)/.installed
 
@@ -15,7 +15,7 @@ $(VENV)/.installed: requirements.lock
 		f"Python 3.11 to 3.13 is needed, this is {v[0]}.{v[1]}; run make PYTHON=python3.12")'
 	$(PYTHON) -m venv $(VENV)
 	$(VENV)/bin/python -m pip install --quiet --disable-pip-version-check -r requirements.lock
-	$(VENV)/bin/python -m gpt2.plots_page
+	$(VENV)/bin/python -m gpt2.report.plots_page
 	touch $@
 
 repro: setup  ## the whole pipeline at the scale of params.yaml
@@ -24,14 +24,18 @@ repro: setup  ## the whole pipeline at the scale of params.yaml
 
 # The bits of the results depend on the processor, so its kind is recorded beside the lock.
 dvc.lock.processor.json: dvc.lock
-	python -m tests.verify --record
+	python -m tools.verify --record
 	@touch $@
+
+lint: setup  ## style and format of the code
+	ruff check .
+	ruff format --check .
 
 test: setup  ## the test suite, a file of it to a process
 	python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile
 
 verify: setup  ## rebuild in a temporary clone and compare with dvc.lock
-	python -m tests.verify
+	python -m tools.verify
 
 bench: setup  ## the benchmarks; NANOGPT=folder of nanoGPT adds a baseline, HELLASWAG=file its items, TEXT=folder of Parquet
 	python -m bench $(if $(NANOGPT),--nanogpt $(NANOGPT))

@@ -28,9 +28,9 @@ from statistics import median
 
 from bench.baseline import ask_for_nanogpt
 from bench.machine import describe_processor, warn_if_busy
-from gpt2.files import UserError, write_text
-from gpt2.hardware import HardwareConfig
-from gpt2.params import load, read
+from gpt2.pipeline.files import UserError, write_text
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.params import load, read
 
 ROUNDS, STEPS = 7, 2
 # A row that is not ready by then, which only compiling can bring about, is left out.

@@ -1,16 +1,17 @@
 """The code of others that benchmarks run beside ours."""
 
-import argparse
 import importlib.util
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 
+from gpt2.pipeline.command import Parser
+
 
 def ask_for_nanogpt(program: str, description: str, argv: Sequence[str]) -> Path | None:
     """The value of --nanogpt on a command line, if given. Ends the program if it is no checkout."""
-    parser = argparse.ArgumentParser(prog=program, description=description)
+    parser = Parser(prog=program, description=description)
     parser.add_argument("--nanogpt", type=Path, metavar="DIR", help="a checkout of nanoGPT, whose model.py is measured")
     nanogpt = parser.parse_args(argv).nanogpt
     if nanogpt and not (nanogpt / "model.py").is_file():

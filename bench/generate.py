@@ -32,12 +32,13 @@ from torch import nn
 
 from bench.baseline import ask_for_nanogpt, import_nanogpt
 from bench.machine import describe_processor, warn_if_busy
-from gpt2.dist import autocast, setup_device
-from gpt2.files import write_json, write_text
-from gpt2.hardware import HardwareConfig
-from gpt2.model import GPT, GPTConfig
-from gpt2.params import load, read
-from gpt2.sampling import SamplingConfig, draw_tokens
+from gpt2.model.config import GPTConfig
+from gpt2.model.dist import autocast, setup_device
+from gpt2.model.gpt import GPT
+from gpt2.pipeline.files import write_json, write_text
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.params import load, read
+from gpt2.sampling.sampling import SamplingConfig, draw_tokens
 
 RESULTS = Path("bench/results")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}

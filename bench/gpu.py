@@ -8,7 +8,6 @@ given. `nanogpt` measures the training step of nanoGPT (DIR holds its model.py) 
 OUT/NAME.json; `python -m bench.gpu_table` makes bench/results/gpu.md and its picture of them.
 """
 
-import argparse
 import hashlib
 import json
 import os
@@ -25,13 +24,14 @@ import psutil
 import torch
 
 from bench.baseline import import_nanogpt
-from gpt2.data import TrainOrder
-from gpt2.files import read_json, write_json
-from gpt2.model import GPTConfig
-from gpt2.optim import lr_at
-from gpt2.params import load, read
-from gpt2.shards import TokenSet
-from gpt2.train import TrainConfig
+from gpt2.data.order import TrainOrder
+from gpt2.data.shards import TokenSet
+from gpt2.model.config import GPTConfig
+from gpt2.pipeline.command import Parser
+from gpt2.pipeline.files import read_json, write_json
+from gpt2.pipeline.params import load, read
+from gpt2.train.loop import TrainConfig
+from gpt2.train.optim import lr_at
 
 ROOT = Path(__file__).resolve().parent.parent
 # 40 million tokens in 80 steps: long enough for the loss to leave the unigram entropy, minutes on one GPU.
@@ -209,7 +209,7 @@ def time_nanogpt(tokens: Path, out: Path, checkout: Path) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("tokens", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "nanogpt"])

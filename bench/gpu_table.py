@@ -8,8 +8,8 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bench.gpu import EXPERIMENTS, LENGTH, SHORT
-from gpt2.files import atomic_path, read_json, write_text
-from gpt2.params import read
+from gpt2.pipeline.files import atomic_path, read_json, write_text
+from gpt2.pipeline.params import read
 
 FOLDER = Path("bench/results/gpu")
 RESULT, PICTURE = FOLDER.with_suffix(".md"), FOLDER.with_suffix(".png")

@@ -19,7 +19,6 @@ exponentials, norms or memory traffic. On a GPU the latter is given beside it: a
 read and written by the softmax and read by the products of pairs, at the rate at which a large tensor is copied.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -33,18 +32,20 @@ from torch import Tensor
 
 from bench.hellaswag import time_rounds
 from bench.machine import describe_processor, warn_if_busy
-from gpt2.circuits import compare_circuits
-from gpt2.dist import setup_device
-from gpt2.files import write_text
-from gpt2.hardware import HardwareConfig
-from gpt2.heads import HeadsConfig, compare_heads, cosine
-from gpt2.model import GPT, GPTConfig
-from gpt2.nulls import compare_with_nulls, shuffle_tokens
-from gpt2.params import load, read
-from gpt2.shards import TokenSet
-from gpt2.stage import peak_memory_gib
-from gpt2.tokenizer import load_encoding
-from gpt2.windows import spread_windows
+from gpt2.data.shards import TokenSet
+from gpt2.data.windows import spread_windows
+from gpt2.heads.circuits import compare_circuits
+from gpt2.heads.null_models import compare_with_nulls, shuffle_tokens
+from gpt2.heads.similarity import HeadsConfig, compare_heads, cosine
+from gpt2.model.config import GPTConfig
+from gpt2.model.dist import setup_device
+from gpt2.model.gpt import GPT
+from gpt2.pipeline.command import Parser
+from gpt2.pipeline.files import write_text
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.params import load, read
+from gpt2.pipeline.stage import peak_memory_gib
+from gpt2.tokenizer.encodings import load_encoding
 
 RESULTS = Path("bench/results")
 BASELINE, OURS = "transformers, eager, whole maps in fp32", "this project, streamed in float64"
@@ -181,7 +182,7 @@ def measure_memory(run: Callable[[], object], device: torch.device) -> float:
 
 def main(argv: Sequence[str]) -> None:
     scale = "full" if torch.cuda.is_available() else "tiny"
-    parser = argparse.ArgumentParser(prog="python -m bench.heads", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.heads", description=__doc__.splitlines()[0])
     parser.add_argument(
         "tokens", type=Path, nargs="?", help="a folder as the stage tokenize writes it (default: random)"
     )

@@ -15,7 +15,6 @@ padding, softmax, norms or memory traffic.
 The model has the shape of the scale and random weights; the time does not depend on them. On a GPU if there is one.
 """
 
-import argparse
 import operator
 import sys
 import time
@@ -27,14 +26,16 @@ import torch
 import torch.nn.functional as F
 
 from bench.machine import describe_processor, warn_if_busy
-from gpt2.dist import setup_device
-from gpt2.files import write_text
-from gpt2.hardware import HardwareConfig
-from gpt2.items import ENDINGS, ITEMS, Benchmark, read_items, tokenize_items
-from gpt2.model import GPT, GPTConfig
-from gpt2.params import load, read
-from gpt2.scoring import HellaswagConfig, ItemSequences, evaluate_benchmark
-from gpt2.tokenizer import load_encoding
+from gpt2.hellaswag.items import ENDINGS, ITEMS, Benchmark, read_items, tokenize_items
+from gpt2.hellaswag.scoring import HellaswagConfig, ItemSequences, evaluate_benchmark
+from gpt2.model.config import GPTConfig
+from gpt2.model.dist import setup_device
+from gpt2.model.gpt import GPT
+from gpt2.pipeline.command import Parser
+from gpt2.pipeline.files import write_text
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.params import load, read
+from gpt2.tokenizer.encodings import load_encoding
 
 PROTOCOL = "completion"
 LOOP, SCORER = "build-nanogpt's loop", "this project's scorer"
@@ -80,7 +81,7 @@ def time_rounds(runs: dict[str, Run], rounds: int, device: torch.device) -> dict
 
 
 def measure_peak(device: torch.device) -> float:
-    """FLOP/s of a large fp32 product as the classifier takes it; see gpt2.loss."""
+    """FLOP/s of a large fp32 product as the classifier takes it; see gpt2.model.loss."""
     torch.set_float32_matmul_precision("medium" if device.type == "cpu" else "high")
     edge, best = PEAK_EDGE[device.type], float("inf")
     a, b = torch.randn(edge, edge, device=device), torch.randn(edge, edge, device=device)
@@ -115,7 +116,7 @@ def tabulate(seconds: dict[str, tuple[int, float]]) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.hellaswag", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.hellaswag", description=__doc__.splitlines()[0])
     parser.add_argument("--items", type=Path, default=ITEMS, help="JSONL or JSONL.gz (default: %(default)s)")
     parser.add_argument("--scale", default="tiny", help="whose model and batches (default: %(default)s)")
     parser.add_argument("--loop_items", type=int, default=300, help="for the loop (default: %(default)s)")

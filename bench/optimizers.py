@@ -7,7 +7,6 @@ Everything but `optimizer` and the learning rate is the block `tiny` of params.y
 A seed decides the initial weights and the order of the data.
 """
 
-import argparse
 import sys
 import tempfile
 from datetime import date
@@ -17,14 +16,17 @@ import numpy as np
 import torch
 from matplotlib.figure import Figure
 
-from gpt2.data import TrainOrder, eval_windows
-from gpt2.dist import Dist
-from gpt2.files import atomic_path, read_json, write_json, write_text
-from gpt2.items import load_benchmark
-from gpt2.model import GPT, GPTConfig
-from gpt2.params import load, read
-from gpt2.shards import TokenSet
-from gpt2.train import Evaluation, TrainConfig, fit
+from gpt2.data.order import TrainOrder
+from gpt2.data.shards import TokenSet
+from gpt2.data.windows import eval_windows
+from gpt2.hellaswag.items import load_benchmark
+from gpt2.model.config import GPTConfig
+from gpt2.model.dist import Dist
+from gpt2.model.gpt import GPT
+from gpt2.pipeline.command import Parser
+from gpt2.pipeline.files import atomic_path, read_json, write_json, write_text
+from gpt2.pipeline.params import load, read
+from gpt2.train.loop import Evaluation, TrainConfig, fit
 
 TOKENS = Path("data/tokens")
 RESULT, PICTURE = Path("bench/results/optimizers.md"), Path("bench/results/optimizers.png")
@@ -130,7 +132,7 @@ def tabulate(outs: list[Path]) -> None:
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.optimizers", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.optimizers", description=__doc__.splitlines()[0])
     parser.add_argument("action", choices=("run", "table"))
     parser.add_argument("out", nargs="+", type=Path)
     parser.add_argument("--seeds", nargs="+", type=int, default=[1, 2, 3])

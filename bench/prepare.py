@@ -7,7 +7,6 @@ since all else that the machine does can only slow a round. The limit is what re
 hashed and written to Parquet once, at the rates of pyarrow and hashlib in the same run, and nothing else takes time.
 """
 
-import argparse
 import hashlib
 import sys
 import tempfile
@@ -23,11 +22,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from bench.machine import describe_processor, warn_if_busy
-from gpt2.corpus import SCHEMA, SplitWriter
-from gpt2.files import UserError, write_text
-from gpt2.prepare import PrepareConfig, prepare
-from gpt2.sources import find_files, read_source
-from gpt2.stage import peak_memory_gib
+from gpt2.pipeline.command import Parser
+from gpt2.pipeline.files import UserError, write_text
+from gpt2.pipeline.stage import peak_memory_gib
+from gpt2.prepare.corpus import SCHEMA, SplitWriter
+from gpt2.prepare.prepare import PrepareConfig, prepare
+from gpt2.prepare.sources import find_files, read_source
 
 RESULT = Path("bench/results/prepare_cpu.md")
 STAGE, PARTS = "prepare", ("reading", "SHA-256", "writing")
@@ -92,7 +92,7 @@ def tabulate(seconds: dict[str, float], n_bytes: int) -> str:
 
 def main(argv: Sequence[str]) -> None:
     """Measure, print and write the table."""
-    parser = argparse.ArgumentParser(prog="python -m bench.prepare", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.prepare", description=__doc__.splitlines()[0])
     parser.add_argument("folder", type=Path, metavar="FOLDER", help="Parquet files with a column text")
     parser.add_argument("--rounds", type=int, default=3, metavar="ROUNDS", help="default: %(default)s")
     arguments = parser.parse_args(argv)

@@ -14,7 +14,6 @@ product. For the greedy search only what lies above the head that is tried is co
 norms or memory traffic.
 """
 
-import argparse
 import sys
 import time
 from collections.abc import Collection, Sequence
@@ -28,19 +27,21 @@ from torch import Tensor
 
 from bench.hellaswag import measure_peak
 from bench.machine import describe_processor, warn_if_busy
-from gpt2.criteria import Order, rank_heads, score_taylor
-from gpt2.dist import setup_device
-from gpt2.evaluate import mean_loss
-from gpt2.files import write_text
-from gpt2.frontier import PLAIN, Evaluator, measure_frontier
-from gpt2.hardware import HardwareConfig
-from gpt2.heads import Head, list_heads
-from gpt2.iterative import order_by_loss
-from gpt2.model import GPT, GPTConfig
-from gpt2.params import load, read
-from gpt2.prune import PruneConfig, count_removals
-from gpt2.repair import Calibration
-from gpt2.tokenizer import load_encoding
+from gpt2.heads.similarity import Head, list_heads
+from gpt2.model.config import GPTConfig
+from gpt2.model.dist import setup_device
+from gpt2.model.evaluate import mean_loss
+from gpt2.model.gpt import GPT
+from gpt2.pipeline.command import Parser
+from gpt2.pipeline.files import write_text
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.params import load, read
+from gpt2.prune.criteria import Order, rank_heads, score_taylor
+from gpt2.prune.frontier import PLAIN, Evaluator, measure_frontier
+from gpt2.prune.iterative import order_by_loss
+from gpt2.prune.remove import PruneConfig, count_removals
+from gpt2.prune.repair import Calibration
+from gpt2.tokenizer.encodings import load_encoding
 
 SHARES = (0.05, 0.1, 0.15, 0.2, 0.25, 0.3, 0.35, 0.4, 0.45, 0.5)
 PARTS = ("ranking by the first four", "greedy search by loss", "perplexity of all sets")
@@ -135,7 +136,7 @@ def tabulate(seconds: dict[str, float], operations: dict[str, float], peak: floa
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.prune", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.prune", description=__doc__.splitlines()[0])
     scale = "short" if torch.cuda.is_available() else "tiny"
     parser.add_argument("--scale", default=scale, help="whose model, tokens and seeds (default: %(default)s)")
     parser.add_argument("--rounds", type=int, default=1, help="default: %(default)s")

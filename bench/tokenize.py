@@ -40,11 +40,12 @@ import pyarrow.parquet as pq
 import tiktoken
 
 from bench.machine import describe_processor, warn_if_busy
-from gpt2.corpus import SPLITS, Document, new_corpus
-from gpt2.files import write_text
-from gpt2.shards import TokenSet
-from gpt2.tokenize import tokenize_corpus
-from gpt2.tokenizer import load_encoding
+from gpt2.data.shards import TokenSet
+from gpt2.pipeline.command import Parser
+from gpt2.pipeline.files import write_text
+from gpt2.prepare.corpus import SPLITS, Document, new_corpus
+from gpt2.tokenizer.encodings import load_encoding
+from gpt2.tokenizer.tokenize import tokenize_corpus
 
 RESULTS = Path("bench/results")
 # Rows but for this project's, which are called by their number of processes, as are those of BARE behind the name.
@@ -200,7 +201,7 @@ def tabulate(turns: dict[str, list[dict]], n_bytes: int, cores: int) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.tokenize", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.tokenize", description=__doc__.splitlines()[0])
     cores = count_cores()
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="Parquet with a column text")
     powers = [2**n for n in range(cores.bit_length())]

@@ -1,6 +1,5 @@
 """One row of the benchmark: a process that trains the tiny model, as many steps as each line of its input says."""
 
-import argparse
 import json
 import os
 import sys
@@ -16,16 +15,18 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from bench.baseline import import_nanogpt
-from gpt2.data import TrainOrder
-from gpt2.dist import Dist, distributed
-from gpt2.hardware import HardwareConfig
-from gpt2.model import GPT, GPTConfig
-from gpt2.optim import build_optimizer, lr_at
-from gpt2.params import load, read
-from gpt2.shards import TokenSet
-from gpt2.stage import peak_memory_gib
-from gpt2.train import Stepper, TrainConfig
-from gpt2.train_results import training_flops_per_token
+from gpt2.data.order import TrainOrder
+from gpt2.data.shards import TokenSet
+from gpt2.model.config import GPTConfig
+from gpt2.model.dist import Dist, distributed
+from gpt2.model.flops import training_flops_per_token
+from gpt2.model.gpt import GPT
+from gpt2.pipeline.command import Parser
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.params import load, read
+from gpt2.pipeline.stage import peak_memory_gib
+from gpt2.train.loop import Stepper, TrainConfig
+from gpt2.train.optim import build_optimizer, lr_at
 
 Step = Callable[[int], float]
 # Sizes (M, K, N) of the products that look for the machine's peak: a cube, and the classifier's own shapes.
@@ -144,11 +145,11 @@ def measure_peak(task: Task) -> dict[str, float]:
                 started = time.perf_counter()
                 a @ b
                 best = max(best, 2e-9 * m * k * n / (time.perf_counter() - started))
-    return {"gflops": best, "flops_per_token": training_flops_per_token(task.shape)}
+    return {"gflops": best, "flops_per_token": training_flops_per_token(task.shape, task.shape.vocab_size)}
 
 
 def main(argv: list[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.train", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.train", description=__doc__.splitlines()[0])
     parser.add_argument("row", choices=("ours", "transformers", "nanogpt", "peak"))
     parser.add_argument("checkout", nargs="?", type=Path)
     parser.add_argument("--compile", action="store_true")

@@ -6,7 +6,6 @@ The documents are split 98/1/1 in their order, and the vocabularies of the full 
 stage tokenizer-study does it. Only the small models are left out: their budget is a parameter. Needs no torch.
 """
 
-import argparse
 import os
 import resource
 import sys
@@ -20,12 +19,19 @@ import pyarrow.parquet as pq
 import tokenizers
 
 from bench.machine import describe_processor, warn_if_busy
-from gpt2.bpe import VocabularyConfig, peak_memory_gib
-from gpt2.corpus import Document, new_corpus
-from gpt2.files import write_json, write_text
-from gpt2.params import load, read
-from gpt2.shape import ModelShape
-from gpt2.tokenizer_study import TokenizerStudyConfig, count_bytes, read_study_text, study_vocabularies, train_apart
+from gpt2.model.config import ModelShape
+from gpt2.pipeline.command import Parser
+from gpt2.pipeline.files import write_json, write_text
+from gpt2.pipeline.params import load, read
+from gpt2.prepare.corpus import Document, new_corpus
+from gpt2.tokenizer.bpe import VocabularyConfig, own_peak_memory_gib
+from gpt2.tokenizer_study.study import (
+    TokenizerStudyConfig,
+    count_bytes,
+    read_study_text,
+    study_vocabularies,
+    train_apart,
+)
 
 RESULT, DATA = Path("bench/results/vocabularies.md"), Path("bench/results/vocabularies.json")
 SCALE = "full"
@@ -67,7 +73,7 @@ def measure(files: Sequence[Path]) -> dict:
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "tokenizers": tokenizers.__version__, "python": sys.version.split()[0],
         "training_bytes": count_bytes(text.training), "sizes": list(config.vocab_sizes), "seconds": seconds,
-        "speed": speed, "peak_gib": max(peak_memory_gib(), children),
+        "speed": speed, "peak_gib": max(own_peak_memory_gib(), children),
     }  # fmt: skip
 
 
@@ -94,7 +100,7 @@ def tabulate(data: dict) -> str:
 
 
 def main(argv: Sequence[str]) -> None:
-    parser = argparse.ArgumentParser(prog="python -m bench.vocabularies", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m bench.vocabularies", description=__doc__.splitlines()[0])
     parser.add_argument("files", nargs="+", type=Path, help="Parquet files with a column `text`")
     files = parser.parse_args(argv).files
     warn_if_busy()

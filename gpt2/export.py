@@ -1,9 +1,8 @@
-"""A trained model as a Hugging Face directory, which transformers and what builds on it load without our code.
+"""Export a trained model as a Hugging Face folder that transformers, lm-eval and vLLM load.
 
 python -m gpt2.export --model models/gpt2 --out exported
 """
 
-import argparse
 import hashlib
 import json
 import math
@@ -20,13 +19,15 @@ import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 from torch import Tensor
 
-from gpt2.bpe import byte_of_character
-from gpt2.card import write_card
-from gpt2.files import UserError, write_json, write_text
-from gpt2.model import GPT, CausalSelfAttention, GPTConfig
-from gpt2.pretrained import CONFIG, MIN_PIN, PREFIX, WEIGHTS, is_transposed
-from gpt2.tokenizer import END_OF_TEXT, GPT2, encoding_of, ranked_tokens, vocabulary_file
-from gpt2.weights import load_model
+from gpt2.huggingface.card import write_card
+from gpt2.huggingface.pretrained import CONFIG, MIN_PIN, PREFIX, WEIGHTS, is_transposed
+from gpt2.model.config import GPTConfig
+from gpt2.model.gpt import GPT, CausalSelfAttention
+from gpt2.model.weights import load_model
+from gpt2.pipeline.command import Parser, reporting
+from gpt2.pipeline.files import UserError, write_json, write_text
+from gpt2.tokenizer.bpe import byte_of_character
+from gpt2.tokenizer.encodings import END_OF_TEXT, GPT2, encoding_of, ranked_tokens, vocabulary_file
 
 # Names under which transformers looks for OpenAI's two files.
 TOKENIZER_FILES = {"vocab.json": "encoder.json", "merges.txt": "vocab.bpe"}
@@ -65,8 +66,8 @@ def _require_stock(config: GPTConfig, encoding: tiktoken.Encoding) -> None:
     if config.norm != "preln":
         raise UserError(
             f"norm={config.norm} cannot be exported: GPT2LMHeadModel has its layer norms before attention and MLP "
-            "(preln) and would compute something else; use this model with gpt2.weights.load_model, or export one "
-            "trained with norm=preln"
+            "(preln) and would compute something else; use this model with gpt2.model.weights.load_model, or export "
+            "one trained with norm=preln"
         )
     if config.vocab_size != encoding.n_vocab:
         raise UserError(
@@ -190,14 +191,12 @@ def _write_tokenizer(folder: Path, encoding: tiktoken.Encoding, block_size: int)
 
 def main(argv: list[str] | None = None) -> None:
     """The command line above; says where the model went and how to name its content."""
-    parser = argparse.ArgumentParser(prog="python -m gpt2.export", description=__doc__.splitlines()[0])
+    parser = Parser(prog="python -m gpt2.export", description=__doc__.splitlines()[0])
     parser.add_argument("--model", type=Path, default=Path("models/gpt2"), help="folder of a trained model")
     parser.add_argument("--out", type=Path, required=True, help="folder to write; must not exist, or be empty")
     arguments = parser.parse_args(argv)
-    try:
+    with reporting("export"):
         out = export_model(arguments.model, arguments.out)
-    except UserError as error:
-        raise SystemExit(f"export: {error}") from error
     pin = hashlib.sha256((out / WEIGHTS).read_bytes()).hexdigest()[: MIN_PIN + 4]
     sys.stdout.write(f"{out} holds the model; its content as a starting point is {out}@{pin}\n")
 

@@ -1,4 +1,4 @@
-"""Text from a trained model, by a cache of keys and values.
+"""Generate text from a trained model, with a cache of keys and values.
 
 python -m gpt2.generate --model models/gpt2 --prompt "The array" --max_tokens 50 --num_seq 5
 
@@ -6,7 +6,6 @@ from gpt2.generate import generate
 texts = generate("models/gpt2", "The array", max_tokens=50, num_seq=5)
 """
 
-import argparse
 import codecs
 import os
 import sys
@@ -17,12 +16,13 @@ import tiktoken
 import torch
 from pydantic import Field
 
-from gpt2.files import UserError
-from gpt2.model import GPT
-from gpt2.params import build
-from gpt2.sampling import SamplingConfig, draw_tokens, window_start
-from gpt2.tokenizer import encoding_of, load_encoding
-from gpt2.weights import load_model
+from gpt2.model.gpt import GPT
+from gpt2.model.weights import load_model
+from gpt2.pipeline.command import Parser, reporting
+from gpt2.pipeline.files import UserError
+from gpt2.pipeline.params import build
+from gpt2.sampling.sampling import SamplingConfig, draw_tokens, window_start
+from gpt2.tokenizer.encodings import encoding_of, load_encoding
 
 
 class GenerateConfig(SamplingConfig):
@@ -92,7 +92,7 @@ def encode_prompt(model: GPT, prompt: str, encoding: tiktoken.Encoding) -> list[
 
 def main(argv: list[str] | None = None) -> None:
     """The command line above: writes prompt and continuation of each sequence, the first one as it is drawn."""
-    parser = argparse.ArgumentParser(prog="python -m gpt2.generate", description="Continue a prompt.")
+    parser = Parser(prog="python -m gpt2.generate", description="Continue a prompt.")
     parser.add_argument("--model", type=Path, default=Path("models/gpt2"), help="folder of a trained model")
     parser.add_argument("--prompt", default="", help="text to continue; none starts a document")
     for name, info in SamplingConfig.model_fields.items():
@@ -100,15 +100,11 @@ def main(argv: list[str] | None = None) -> None:
     options = vars(parser.parse_args(argv))
     folder, prompt = options.pop("model"), options.pop("prompt")
     try:
-        settings = build(SamplingConfig, options, "generate")
-        model, encoding = load_for_generation(folder), encoding_of(folder)
-        _warn_of_cut(len(encode_prompt(model, prompt, encoding)), model.config.block_size)
-        _write(prompt, stream(model, prompt, encoding, **options), settings.num_seq)
-    except UserError as error:
-        raise SystemExit(f"generate: {error}") from error
-    except KeyboardInterrupt:
-        sys.stderr.write("\n")
-        raise SystemExit(130) from None
+        with reporting("generate"):
+            settings = build(SamplingConfig, options, "generate")
+            model, encoding = load_for_generation(folder), encoding_of(folder)
+            _warn_of_cut(len(encode_prompt(model, prompt, encoding)), model.config.block_size)
+            _write(prompt, stream(model, prompt, encoding, **options), settings.num_seq)
     except BrokenPipeError:
         # Nobody reads any more; what the interpreter flushes at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

@@ -1,12 +1,12 @@
-"""`python -m gpt2.status`: how far the training is, read from its heartbeat, so it works while DVC holds its lock."""
+"""Show step, loss, tokens/s and ETA of a training run in progress. Needs no DVC lock."""
 
-import argparse
 import json
 import os
 import time
 from pathlib import Path
 
-from gpt2.heartbeat import is_alive, read_heartbeats
+from gpt2.pipeline.command import Parser, reporting
+from gpt2.train.heartbeat import is_alive, read_heartbeats
 
 SCRATCH = ".scratch"
 
@@ -47,17 +47,18 @@ def _duration(seconds: float) -> str:
 
 def main(argv: list[str] | None = None) -> None:
     """Print every run in scratch, the latest first; exit with 1 if there is none."""
-    parser = argparse.ArgumentParser(prog="python -m gpt2.status", description=__doc__)
+    parser = Parser(prog="python -m gpt2.status", description=__doc__)
     parser.add_argument("--json", action="store_true", help="one JSON object a line")
     arguments = parser.parse_args(argv)
-    runs = read_heartbeats(Path(os.environ.get("DVC_ROOT", "."), SCRATCH))
-    if not runs:
-        raise SystemExit("no training is in progress, and none waits to be resumed")
-    for folder, beat in runs:
-        if arguments.json:
-            print(json.dumps({"folder": str(folder), "alive": is_alive(beat), **beat}))
-        else:
-            print(describe(folder, beat, time.time()))
+    with reporting("status"):
+        runs = read_heartbeats(Path(os.environ.get("DVC_ROOT", "."), SCRATCH))
+        if not runs:
+            raise SystemExit("no training is in progress, and none waits to be resumed")
+        for folder, beat in runs:
+            if arguments.json:
+                print(json.dumps({"folder": str(folder), "alive": is_alive(beat), **beat}))
+            else:
+                print(describe(folder, beat, time.time()))
 
 
 if __name__ == "__main__":

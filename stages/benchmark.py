@@ -3,8 +3,8 @@
 import logging
 from pathlib import Path
 
-from gpt2.benchmark import BenchmarkConfig, make_items, write_items
-from gpt2.stage import Stage
+from gpt2.hellaswag.benchmark import BenchmarkConfig, make_items, write_items
+from gpt2.pipeline.stage import Stage
 
 CORPUS = Path("data/corpus")
 ITEMS = Path("data/hellaswag.jsonl")

@@ -5,10 +5,10 @@ Its output never changes, so a valid edit of params.yaml re-runs this stage and 
 
 from pathlib import Path
 
-from gpt2 import params
-from gpt2.files import write_text
-from gpt2.schema import check
-from gpt2.stage import Stage
+from gpt2.check.schema import check
+from gpt2.pipeline import params
+from gpt2.pipeline.files import write_text
+from gpt2.pipeline.stage import Stage
 
 VALID = Path("data/params.valid")
 

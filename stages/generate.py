@@ -2,13 +2,13 @@
 
 from pathlib import Path
 
-from gpt2.dist import setup_device
-from gpt2.files import write_csv
 from gpt2.generate import GenerateConfig, generate
-from gpt2.hardware import HardwareConfig
-from gpt2.stage import Stage
-from gpt2.tokenizer import encoding_of
-from gpt2.weights import load_model
+from gpt2.model.dist import setup_device
+from gpt2.model.weights import load_model
+from gpt2.pipeline.files import write_csv
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.stage import Stage
+from gpt2.tokenizer.encodings import encoding_of
 
 MODEL = Path("models/gpt2")
 SAMPLES = Path("plots/generate/samples.csv")

@@ -2,17 +2,17 @@
 
 from pathlib import Path
 
-from gpt2 import redundancy
-from gpt2.dist import setup_device
-from gpt2.evaluate import require_fit
-from gpt2.files import write_csv, write_json
-from gpt2.hardware import HardwareConfig
-from gpt2.heads import HeadsConfig, save_similarities
-from gpt2.nulls import compare_with_nulls
-from gpt2.shards import TokenSet
-from gpt2.stage import Stage
-from gpt2.weights import load_model
-from gpt2.windows import spread_windows
+from gpt2.data.shards import TokenSet
+from gpt2.data.windows import spread_windows
+from gpt2.heads import redundancy
+from gpt2.heads.null_models import compare_with_nulls
+from gpt2.heads.similarity import HeadsConfig, save_similarities
+from gpt2.model.dist import setup_device
+from gpt2.model.evaluate import require_fit
+from gpt2.model.weights import load_model
+from gpt2.pipeline.files import write_csv, write_json
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.stage import Stage
 
 MODEL = Path("models/gpt2")
 TOKENS = Path("data/tokens")
@@ -37,7 +37,7 @@ def main() -> None:
         write_csv(PLOTS / "matrix.csv", *redundancy.tabulate_matrix(model.config, matrices["pattern"]))
         write_csv(PLOTS / "layers.csv", redundancy.LayerSummary._fields, layers)
         write_csv(PLOTS / "pairs.csv", redundancy.Pair._fields, redundancy.tabulate_pairs(pairs))
-        write_json(METRICS, {**redundancy.summarise(model.config, pairs, *rules), "tokens": idx.numel()})
+        write_json(METRICS, {**redundancy.summarise_pairs(model.config, pairs, *rules), "tokens": idx.numel()})
 
 
 if __name__ == "__main__":

@@ -2,15 +2,15 @@
 
 from pathlib import Path
 
-from gpt2.dist import setup_device
-from gpt2.evaluate import require_fit
-from gpt2.files import write_csv, write_json
-from gpt2.hardware import HardwareConfig
-from gpt2.items import PROTOCOLS, load_benchmark
-from gpt2.scoring import HellaswagConfig, evaluate_benchmark
-from gpt2.shards import TokenSet
-from gpt2.stage import Stage
-from gpt2.weights import load_model
+from gpt2.data.shards import TokenSet
+from gpt2.hellaswag.items import PROTOCOLS, load_benchmark
+from gpt2.hellaswag.scoring import HellaswagConfig, evaluate_benchmark
+from gpt2.model.dist import setup_device
+from gpt2.model.evaluate import require_fit
+from gpt2.model.weights import load_model
+from gpt2.pipeline.files import write_csv, write_json
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.stage import Stage
 
 MODEL = Path("models/gpt2")
 TOKENS = Path("data/tokens")

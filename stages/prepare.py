@@ -3,10 +3,10 @@
 import logging
 from pathlib import Path
 
-from gpt2.files import write_json
-from gpt2.hardware import HardwareConfig
-from gpt2.prepare import PrepareConfig, prepare, read_earlier
-from gpt2.stage import Stage
+from gpt2.pipeline.files import write_json
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.stage import Stage
+from gpt2.prepare.prepare import PrepareConfig, prepare, read_earlier
 
 CORPUS = Path("data/corpus")
 METRICS = Path("metrics/prepare.json")

@@ -5,40 +5,40 @@ from pathlib import Path
 
 from torch import Tensor
 
-from gpt2.chance import compare_with_chance, measure_random_sets, tabulate_similarities
-from gpt2.criteria import rank_heads, score_taylor
-from gpt2.data import TrainOrder
-from gpt2.dist import setup_device
-from gpt2.evaluate import require_fit
-from gpt2.files import write_csv, write_json
-from gpt2.frontier import (
+from gpt2.data.order import TrainOrder
+from gpt2.data.shards import TokenSet
+from gpt2.data.vocabulary import copy_vocabulary
+from gpt2.data.windows import spread_windows
+from gpt2.heads.similarity import list_heads, load_similarities
+from gpt2.hellaswag.items import load_benchmark
+from gpt2.hellaswag.scoring import HellaswagConfig
+from gpt2.model.dist import setup_device
+from gpt2.model.evaluate import require_fit
+from gpt2.model.gpt import GPT
+from gpt2.model.weights import load_model, save_model
+from gpt2.pipeline.files import write_csv, write_json
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.stage import Stage
+from gpt2.prune.criteria import rank_heads, score_taylor
+from gpt2.prune.frontier import (
     COLUMNS,
     Column,
     Evaluator,
     choose_removed,
     measure_frontier,
-    summarise,
+    summarise_frontier,
     tabulate,
     tabulate_intervals,
 )
-from gpt2.hardware import HardwareConfig
-from gpt2.heads import list_heads, load_similarities
-from gpt2.items import load_benchmark
-from gpt2.iterative import order_by_loss, order_by_taylor_again
-from gpt2.model import GPT
-from gpt2.prunability import HeadCost, correlate, cost_each_head
-from gpt2.prune import PruneConfig, claimed_count, count_removals, remove_heads
-from gpt2.pruned_scores import score_models
-from gpt2.pruned_speed import compare_speed
-from gpt2.recovery import recover, summarise_recovery
-from gpt2.repair import calibrate, remove_and_repair
-from gpt2.scoring import HellaswagConfig
-from gpt2.shards import TokenSet
-from gpt2.similar_orders import rank_by_similarity
-from gpt2.stage import Stage
-from gpt2.vocabulary import copy_vocabulary
-from gpt2.weights import load_model, save_model
-from gpt2.windows import spread_windows
+from gpt2.prune.iterative import order_by_loss, order_by_taylor_again
+from gpt2.prune.random_sets import compare_with_chance, measure_random_sets, tabulate_similarities
+from gpt2.prune.recovery import recover, summarise_recovery
+from gpt2.prune.remove import PruneConfig, claimed_count, count_removals, remove_heads
+from gpt2.prune.repair import gather_calibration, remove_and_repair
+from gpt2.prune.scores import score_models
+from gpt2.prune.similarity_orders import rank_by_similarity
+from gpt2.prune.single_heads import HeadCost, correlate_costs, cost_each_head
+from gpt2.prune.speed import compare_speed
 
 MODEL = Path("models/gpt2")
 SIMILARITIES = Path("data/heads.npz")
@@ -82,7 +82,9 @@ def main() -> None:
         model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
         counts, heads = count_removals(model, config.shares), list_heads(model.config)
         text, similarities = read_text(model, config), load_similarities(SIMILARITIES, model.config)
-        calibration = calibrate(model, text.calibration, config.batch_size, config.ridge, similarities["pattern"])
+        calibration = gather_calibration(
+            model, text.calibration, config.batch_size, config.ridge, similarities["pattern"]
+        )
         evaluator = Evaluator(model, calibration, text.eval, config.batch_size)
         taylor = score_taylor(model, text.scoring, config.batch_size)
 
@@ -113,11 +115,11 @@ def main() -> None:
         write_csv(CURVES / "frontier.csv", *tabulate(model, frontier))
         write_csv(CURVES / "intervals.csv", *tabulate_intervals(frontier))
         write_csv(CURVES / "similarities.csv", *tabulate_similarities(frontier, similar))
-        figures = summarise(model, frontier, chosen, removed)
+        figures = summarise_frontier(model, frontier, chosen, removed)
         figures |= {
             **{f"{use}_tokens": windows[:, 1:].numel() for use, windows in vars(text).items()},
             **summarise_recovery(figures, pruned, steps, text.eval, config.batch_size),
-            **correlate(costs),
+            **correlate_costs(costs),
             **compare_with_chance(frontier, similar, plain, claimed, sets),
             **score_models(scored, load_benchmark(TOKENS / "hellaswag.npz"), batch_tokens),
         }

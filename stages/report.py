@@ -2,12 +2,12 @@
 
 from pathlib import Path
 
-from gpt2.figures import FIGURES, TIMED_FIGURES, write_figures
-from gpt2.files import write_text
-from gpt2.markup import to_html
-from gpt2.report import write_report
-from gpt2.results import Results
-from gpt2.stage import Stage
+from gpt2.pipeline.files import write_text
+from gpt2.pipeline.stage import Stage
+from gpt2.report.document import write_report
+from gpt2.report.figures import FIGURES, TIMED_FIGURES, write_figures
+from gpt2.report.markdown import to_html
+from gpt2.report.results import Results
 
 ROOT = Path(".")
 PICTURES = Path("plots/report")

@@ -2,16 +2,16 @@
 
 from pathlib import Path
 
-from gpt2.bpe import VocabularyConfig, encoding_for
-from gpt2.contamination import items_in_training
-from gpt2.files import write_json
-from gpt2.hardware import HardwareConfig
-from gpt2.items import read_items, save_benchmark, tokenize_items
-from gpt2.scratch import scratch_folder, staged
-from gpt2.shards import TokenSet
-from gpt2.stage import Stage
-from gpt2.tokenize import SOURCES, TokenizeConfig, token_identity, tokenize_corpus
-from gpt2.tokenizer import write_encoding
+from gpt2.data.shards import TokenSet
+from gpt2.hellaswag.items import read_items, save_benchmark, tokenize_items
+from gpt2.pipeline.files import write_json
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.scratch import scratch_folder, staged
+from gpt2.pipeline.stage import Stage
+from gpt2.tokenizer.bpe import VocabularyConfig, encoding_for
+from gpt2.tokenizer.contamination import items_in_training
+from gpt2.tokenizer.encodings import write_encoding
+from gpt2.tokenizer.tokenize import SOURCES, TokenizeConfig, token_identity, tokenize_corpus
 
 CORPUS = Path("data/corpus")
 ITEMS = Path("data/hellaswag.jsonl")

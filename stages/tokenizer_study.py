@@ -2,20 +2,20 @@
 
 from pathlib import Path
 
-from gpt2.bpe import VocabularyConfig
-from gpt2.files import write_csv, write_json
-from gpt2.hardware import HardwareConfig
-from gpt2.shape import ModelShape
-from gpt2.stage import Stage
-from gpt2.tokenizer_study import TokenizerStudyConfig, read_study_text, study_vocabularies, train_apart, with_gpt2
-from gpt2.vocabulary_runs import (
+from gpt2.model.config import ModelShape
+from gpt2.pipeline.files import write_csv, write_json
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.stage import Stage
+from gpt2.tokenizer.bpe import VocabularyConfig
+from gpt2.tokenizer_study.runs import (
     VocabularyRunsConfig,
     encode_runs,
-    run_figures,
     run_vocabularies,
-    table_rows,
     thin,
+    vocabulary_run_figures,
+    vocabulary_table_rows,
 )
+from gpt2.tokenizer_study.study import TokenizerStudyConfig, read_study_text, study_vocabularies, train_apart, with_gpt2
 
 CORPUS = Path("data/corpus")
 METRICS = Path("metrics/tokenizer.json")
@@ -40,14 +40,14 @@ def main() -> None:
             for encoding in with_gpt2(trained)
         }
         runs = run_vocabularies(runs_config, run_texts, stage.load("hardware", HardwareConfig))
-        table = table_rows(runs)
+        table = vocabulary_table_rows(runs)
         tables = {
             "vocabularies": study.vocabularies, "bands": study.bands, "examples": study.examples,
             "runs": runs, "runs_table": table,
         }  # fmt: skip
         for name, rows in tables.items():
             write_csv(PLOTS / f"{name}.csv", list(rows[0]), [list(row.values()) for row in rows])
-        write_json(METRICS, {**study.metrics, **run_figures(table, run_texts)})
+        write_json(METRICS, {**study.metrics, **vocabulary_run_figures(table, run_texts)})
 
 
 if __name__ == "__main__":

@@ -6,10 +6,11 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from gpt2.items import ENDINGS, PROTOCOLS, Benchmark, TokenizedItems, save_benchmark
-from gpt2.model import GPT, GPTConfig
-from gpt2.shards import Vocabulary, write_split
-from gpt2.weights import save_model
+from gpt2.data.shards import Vocabulary, write_split
+from gpt2.hellaswag.items import ENDINGS, PROTOCOLS, Benchmark, TokenizedItems, save_benchmark
+from gpt2.model.config import GPTConfig
+from gpt2.model.gpt import GPT
+from gpt2.model.weights import save_model
 from tests.settings import HARDWARE
 
 VOCAB_SIZE, BLOCK_SIZE = 97, 24

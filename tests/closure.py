@@ -7,6 +7,8 @@ from pathlib import Path
 
 ROOT = Path(__file__).resolve().parent.parent
 PACKAGES = ("gpt2", "stages")
+# The root of `gpt2`, whose empty __init__ no stage depends on.
+LIBRARY = Path("gpt2")
 
 
 def module_path(name: str) -> Path | None:
@@ -46,3 +48,10 @@ def import_closure(path: Path) -> set[Path]:
             closure.add(file)
             waiting += direct_imports(file)
     return closure
+
+
+def library_files() -> set[Path]:
+    """Every module of the library, relative to the root, without the empty package files."""
+    return {path.relative_to(ROOT) for path in (ROOT / LIBRARY).rglob("*.py")} - {
+        path.relative_to(ROOT) for path in (ROOT / LIBRARY).rglob("__init__.py")
+    }

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2.shards import TokenSet, Vocabulary, write_split
+from gpt2.data.shards import TokenSet, Vocabulary, write_split
 from tests.training_run import finish, prepare_folder, start
 
 # Models are tiny: more threads would only wait for each other, and the bits of a sum depend on their number.

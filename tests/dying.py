@@ -8,8 +8,8 @@ import os
 import signal
 from pathlib import Path
 
-from gpt2 import checkpoint
-from gpt2.train import Evaluation, Stepper
+from gpt2.train import checkpoint
+from gpt2.train.loop import Evaluation, Stepper
 from stages import train
 
 POINT, STEP, RANK = (*os.environ["DIE_AT"].split(":"), "0")[:3]

@@ -4,11 +4,11 @@ from pathlib import Path
 
 from safetensors.torch import save_file
 
-from gpt2.dist import distributed
-from gpt2.hardware import HardwareConfig
-from gpt2.optim import build_optimizer
-from gpt2.params import load
-from gpt2.train import Stepper
+from gpt2.model.dist import distributed
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.params import load
+from gpt2.train.loop import Stepper
+from gpt2.train.optim import build_optimizer
 from tests.training_run import load_parts
 
 if __name__ == "__main__":

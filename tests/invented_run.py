@@ -8,14 +8,14 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gpt2 import redundancy
-from gpt2.files import write_csv, write_json
-from gpt2.measures import PRUNED_RATES
-from gpt2.model import GPTConfig
-from gpt2.prunability import MATRICES, PREDICTORS, HeadCost
-from gpt2.report import TIMED_STAGES
-from gpt2.results import Results
-from gpt2.similar_orders import SIMILAR_ORDERS
+from gpt2.heads import redundancy
+from gpt2.model.config import GPTConfig
+from gpt2.pipeline.files import write_csv, write_json
+from gpt2.prune.similarity_orders import SIMILAR_ORDERS
+from gpt2.prune.single_heads import COST_PREDICTORS, COST_SIMILARITIES, HeadCost
+from gpt2.report.document import TIMED_STAGES
+from gpt2.report.measures import PRUNED_RATES
+from gpt2.report.results import Results
 
 NORMS = ("preln", "postln", "deepnorm")
 TABLE_COLUMNS = (
@@ -187,7 +187,7 @@ def _invent_heads(root: Path, n_layer: int, n_head: int) -> None:
         "redundant_pairs": 8, "redundant_heads": 11, "untrained_redundant_pairs": 2, "shuffled_redundant_pairs": 5,
         "redundant_pairs_middle_percent": 75.0,
     }  # fmt: skip
-    write_json(root / "metrics/heads.json", {**redundancy.summarise(config, pairs, 0.85, 95.0), **claimed})
+    write_json(root / "metrics/heads.json", {**redundancy.summarise_pairs(config, pairs, 0.85, 95.0), **claimed})
 
 
 def _invent_pruning(root: Path, n_heads: int) -> None:
@@ -207,7 +207,7 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
         rows.append((removed, 100 * share, *rises, *costs))
     write_csv(root / "plots/prune/frontier.csv", columns, rows)
     costs = [
-        (layer, head, *[0.1 * head] * len(MATRICES), 0.2 * layer, 0.01 * head - 0.02)
+        (layer, head, *[0.1 * head] * len(COST_SIMILARITIES), 0.2 * layer, 0.01 * head - 0.02)
         for layer in range(4)
         for head in range(8)
     ]
@@ -235,7 +235,7 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
         scores = {"": 0.3, "_stderr": 0.01, "_difference": -0.01, "_difference_margin": 0.02, "_p": 0.25}
         metrics |= {f"{name}_hellaswag_acc_norm{end}": value for end, value in scores.items()}
     ends = {"": -0.4, "_low": -0.6, "_high": -0.1}
-    kinds = [f"{name}_rank_correlation{place}" for name in PREDICTORS for place in ("", "_in_layer")]
+    kinds = [f"{name}_rank_correlation{place}" for name in COST_PREDICTORS for place in ("", "_in_layer")]
     metrics |= {f"{kind}{end}": value for kind in kinds for end, value in ends.items()}
     write_json(root / "metrics/prune.json", metrics)
     models = [(f"heads_removed_{count}", 1 + count / n_heads) for count in counts] + [("pruned", 1.2)]

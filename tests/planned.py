@@ -2,10 +2,10 @@
 
 import copy
 
-from gpt2.machine import Gpu, Machine
-from gpt2.params import read
-from gpt2.volume import Volume
-from gpt2.workload import GIB, Plan, load_plan
+from gpt2.check.corpus_size import Volume
+from gpt2.check.machine import Gpu, Machine
+from gpt2.check.workload import GIB, Plan, load_plan
+from gpt2.pipeline.params import read
 from tests.closure import ROOT
 
 H200 = Gpu("NVIDIA H200", 140 * GIB, 139 * GIB, (9, 0))

@@ -3,7 +3,7 @@
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from gpt2.model import GPT
+from gpt2.model.gpt import GPT
 
 
 def is_transposed(name: str) -> bool:

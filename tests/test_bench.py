@@ -13,21 +13,21 @@ import torch
 
 import bench.__main__ as bench
 from bench import generate, gpu_table, heads, hellaswag, optimizers, prepare, prune, tokenize, vocabularies
-from gpt2.files import read_json
-from gpt2.frontier import PLAIN
-from gpt2.heads import Head, compare_heads, list_heads
-from gpt2.items import tokenize_items
-from gpt2.params import load, read
-from gpt2.prune import PruneConfig, count_removals
-from gpt2.scoring import evaluate_benchmark
-from gpt2.shape import ModelShape
-from gpt2.shards import TokenSet
-from gpt2.tokenizer import load_encoding
+from gpt2.data.shards import TokenSet
+from gpt2.heads.similarity import Head, compare_heads, list_heads
+from gpt2.hellaswag.items import tokenize_items
+from gpt2.hellaswag.scoring import evaluate_benchmark
+from gpt2.model.config import ModelShape
+from gpt2.pipeline.files import read_json
+from gpt2.pipeline.params import load, read
+from gpt2.prune.frontier import PLAIN
+from gpt2.prune.remove import PruneConfig, count_removals
+from gpt2.tokenizer.encodings import load_encoding
 from tests.analysed import BLOCK_SIZE, SECTIONS, VOCAB_SIZE, make_model, make_windows
 from tests.closure import ROOT
+from tests.hellaswag.test_harness import random_model
+from tests.hellaswag.test_items import ITEMS
 from tests.test_end_to_end import read_docstrings
-from tests.test_harness import random_model
-from tests.test_items import ITEMS
 
 SHAPE = {"n_layer": 2, "n_head": 4, "n_embd": 32, "block_size": 24}
 OURS = "this project, 1 process"

@@ -17,12 +17,12 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from gpt2.files import read_json
-from gpt2.params import SCALES
-from gpt2.weights import save_model
+from gpt2.model.weights import save_model
+from gpt2.pipeline.files import read_json
+from gpt2.pipeline.params import SCALES
 from tests.analysed import make_model
 from tests.closure import ROOT
-from tests.pipeline import PIPELINE, STAGES, all_written, data_deps, lies_in, module_of, written
+from tests.declared import PIPELINE, STAGES, all_written, data_deps, lies_in, module_of, written
 from tests.settings import HARDWARE
 
 SOURCE_BYTES = 400_000

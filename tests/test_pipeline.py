@@ -10,18 +10,18 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.figures import FIGURES, TIMED_FIGURES
-from gpt2.files import UserError
-from gpt2.params import SCALES
-from gpt2.report import TIMED_STAGES, write_report
-from gpt2.schema import SECTIONS
-from gpt2.stage import SPEED
-from tests.closure import ROOT, direct_imports, import_closure, imported_packages
-from tests.invented_run import invent_run
-from tests.pipeline import (
+from gpt2.check.schema import SECTIONS
+from gpt2.pipeline.files import UserError
+from gpt2.pipeline.params import SCALES
+from gpt2.pipeline.stage import SPEED
+from gpt2.report.document import TIMED_STAGES, write_report
+from gpt2.report.figures import FIGURES, TIMED_FIGURES
+from tests.closure import ROOT, direct_imports, import_closure, imported_packages, library_files
+from tests.declared import (
     PIPELINE,
     STAGES,
     all_written,
+    code_deps,
     data_deps,
     is_ignored,
     lies_in,
@@ -30,45 +30,59 @@ from tests.pipeline import (
     paths,
     written,
 )
+from tests.invented_run import invent_run
 
-# A module imports from its own layer and from those before it.
-LAYERS = {
-    "leaf": "files params stage hardware shape dist shards loss loss_kernel stability interrupt heartbeat rows "
-    "markup machine units scratch workers recorded decode_kernels draw_kernels",
-    "core": "model cache sampling layers weights pretrained checkpoint optim data windows tokenizer items corpus "
-    "docstrings sources encode dedup hub vocabulary",
-    "loops": "prepare benchmark tokenize contamination bpe words tokenizer_study evaluate scoring train "
-    "train_results norm_study generate card export heads redundancy criteria prune prunability repair frontier "
-    "circuits nulls iterative similar_orders intervals costs chance mcnemar pruned_scores pruned_speed recovery "
-    "short_runs vocabulary_runs",
-    "whole": "schema volume workload forecast storage preflight check",
-    "report": "hellaswag results measures claims studies figures report plots_page status vocabulary_section",
-}
-HEIGHTS = {module: height for height, modules in enumerate(LAYERS.values()) for module in modules.split()}
+# A module imports from its own package and from those before it.
+PACKAGES = (
+    *("pipeline", "data", "prepare", "model", "hellaswag", "tokenizer", "report", "huggingface", "train", "sampling"),
+    *("heads", "prune", "norm_study", "tokenizer_study", "generate", "export", "status", "check", "__main__"),
+)
+# What must never re-run the training.
+APART_FROM_TRAINING = (
+    *("prepare", "tokenizer", "sampling", "heads", "prune", "norm_study", "tokenizer_study", "report", "check"),
+    *("huggingface/card.py", "generate.py", "export.py", "status.py", "__main__.py"),
+)
 TEXT_STAGES = ("prepare", "benchmark", "tokenize")
 
 
-def parse_stage(stage: str) -> ast.Module:
-    return ast.parse((ROOT / module_of(stage)).read_text(encoding="utf-8"))
+def body_of(stage: str) -> Path:
+    """The file with the work of a stage; that of `train` is imported only after torchrun has started."""
+    return Path("gpt2/train/run.py") if stage == "train" else module_of(stage)
 
 
-def library_modules() -> set[str]:
-    return {path.stem for path in (ROOT / "gpt2").glob("*.py")} - {"__init__"}
+def package_of(file: Path) -> str:
+    """Name of the package of a file of the library, or of the file itself."""
+    return file.with_suffix("").parts[1]
 
 
 @pytest.mark.parametrize("stage", STAGES)
-def test_code_deps_of_a_stage_are_what_it_imports(stage):
-    # `import gpt2.x` runs the package's __init__ too; it stays empty, so that no stage depends on it.
-    expected = {file.as_posix() for file in import_closure(module_of(stage)) if file.name != "__init__.py"}
-    declared = {dep for dep in STAGES[stage]["deps"] if dep.endswith(".py")}
-    assert declared == expected, (
-        f"dvc.yaml, {stage}: add {sorted(expected - declared)}, remove {sorted(declared - expected)}"
-    )
-    assert STAGES[stage]["deps"] == [*sorted(declared), *sorted(data_deps(stage))]
+def test_code_deps_of_a_stage_cover_what_it_imports_and_nothing_else(stage):
+    # `import gpt2.x.y` runs the packages' __init__ too; they stay empty.
+    closure = {file for file in import_closure(module_of(stage)) if file.name != "__init__.py"}
+    declared = code_deps(stage)
+    assert {file.as_posix() for file in closure if not any(lies_in(file.as_posix(), dep) for dep in declared)} == set()
+    assert {dep for dep in declared if not any(lies_in(file.as_posix(), dep) for file in closure)} == set()
+    assert len(declared) <= 10
+    deps = STAGES[stage]["deps"]
+    assert deps == [dep for dep in deps if dep not in declared] + [dep for dep in deps if dep in declared], "data first"
+
+
+def test_nothing_apart_from_training_is_a_dependency_of_it():
+    for name in APART_FROM_TRAINING:
+        assert (ROOT / "gpt2" / name).exists()
+        assert [dep for dep in code_deps("train") if lies_in(f"gpt2/{name}", dep)] == [], name
 
 
 def test_package_files_are_empty():
-    assert [name for name in ("gpt2", "stages", "tests") if (ROOT / name / "__init__.py").read_bytes()] == []
+    files = [path for name in ("gpt2", "stages", "tests", "tools") for path in (ROOT / name).rglob("__init__.py")]
+    assert len(files) > 15
+    assert [path for path in files if path.read_bytes()] == []
+
+
+def test_every_folder_of_the_library_is_a_package():
+    assert {
+        path.parent for path in (ROOT / "gpt2").rglob("*.py") if not (path.parent / "__init__.py").exists()
+    } == set()
 
 
 def test_stages_modules_and_commands_have_the_same_names():
@@ -78,7 +92,8 @@ def test_stages_modules_and_commands_have_the_same_names():
         assert re.search(rf"-m stages\.{module_of(stage).stem}$", STAGES[stage]["cmd"])
         names = [
             node.args[0].value
-            for node in ast.walk(parse_stage(stage))
+            for file in import_closure(module_of(stage))
+            for node in ast.walk(ast.parse((ROOT / file).read_text(encoding="utf-8")))
             if isinstance(node, ast.Call) and getattr(node.func, "id", "") == "Stage"
         ]
         assert names == [stage]
@@ -103,7 +118,7 @@ def test_every_stage_waits_for_valid_parameters():
 def test_paths_in_the_code_are_the_declared_ones(stage):
     constants = {
         value.as_posix()
-        for name, value in vars(import_module(f"stages.{module_of(stage).stem}")).items()
+        for name, value in vars(import_module(".".join(body_of(stage).with_suffix("").parts))).items()
         if name.isupper() and isinstance(value, Path) and value != Path(".")
     }
     declared = data_deps(stage) | written(stage).keys()
@@ -119,7 +134,7 @@ def test_paths_in_the_code_are_the_declared_ones(stage):
 def test_params_of_a_stage_are_the_sections_it_loads(stage):
     calls = [
         (node.func.attr, node.args[0].value)
-        for node in ast.walk(parse_stage(stage))
+        for node in ast.walk(ast.parse((ROOT / body_of(stage)).read_text(encoding="utf-8")))
         if isinstance(node, ast.Call) and isinstance(node.func, ast.Attribute) and node.func.attr in ("load", "top")
         if getattr(node.func.value, "id", "") == "stage"
     ]
@@ -157,27 +172,33 @@ def test_every_scale_has_every_section():
         assert values[scale].keys() == SECTIONS.keys()
 
 
-def test_every_module_of_the_library_has_a_layer():
-    assert library_modules() == HEIGHTS.keys()
-    assert sum(len(modules.split()) for modules in LAYERS.values()) == len(HEIGHTS), "a module is in two layers"
+def test_every_package_has_a_place_in_the_order():
+    assert {package_of(file) for file in library_files()} == set(PACKAGES)
 
 
 def test_imports_point_downward_only():
     upward = [
-        f"{module} imports {imported.stem}"
-        for module in sorted(HEIGHTS)
-        for imported in direct_imports(Path("gpt2", f"{module}.py"))
-        if imported.parts[0] == "stages" or HEIGHTS[imported.stem] > HEIGHTS[module]
+        f"{file} imports {imported}"
+        for file in sorted(library_files())
+        for imported in direct_imports(file)
+        if imported.parts[0] == "stages" or PACKAGES.index(package_of(imported)) > PACKAGES.index(package_of(file))
     ]
     assert upward == []
 
 
 def test_no_module_imports_itself_in_a_circle():
-    graph = {
-        module: {file.stem for file in direct_imports(Path("gpt2", f"{module}.py"))} for module in library_modules()
-    }
+    graph = {file: direct_imports(file) for file in library_files()}
     # static_order raises CycleError, which names the circle.
-    assert set(TopologicalSorter(graph).static_order()) == library_modules()
+    assert set(TopologicalSorter(graph).static_order()) == library_files()
+
+
+def test_a_name_means_one_thing_in_the_library():
+    places: dict[str, list[str]] = {}
+    for file in library_files():
+        for node in ast.parse((ROOT / file).read_text(encoding="utf-8")).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef) and not node.name.startswith("_"):
+                places.setdefault(node.name, []).append(file.as_posix())
+    assert {name: files for name, files in places.items() if len(files) > 1 and name != "main"} == {}
 
 
 @pytest.mark.parametrize("stage", [*TEXT_STAGES, "report"])

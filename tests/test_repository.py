@@ -9,9 +9,9 @@ import pytest
 from packaging.requirements import Requirement
 from packaging.utils import canonicalize_name
 
-from gpt2.params import SCALES
+from gpt2.pipeline.params import SCALES
 from tests.closure import ROOT, imported_packages
-from tests.pipeline import STAGES, all_written, files_of_git, is_ignored, lies_in, load_yaml
+from tests.declared import STAGES, all_written, files_of_git, is_ignored, lies_in, load_yaml
 
 
 def test_locked_versions_are_exact_and_cover_the_project():
@@ -35,7 +35,7 @@ def test_imported_packages_are_declared():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text(encoding="utf-8"))["project"]
     declared = {canonicalize_name(Requirement(line).name) for line in project["dependencies"]}
     names = {"ruamel": "ruamel-yaml", "vl_convert": "vl-convert-python"}
-    files = {path.relative_to(ROOT) for folder in ("gpt2", "stages") for path in (ROOT / folder).glob("*.py")}
+    files = {path.relative_to(ROOT) for folder in ("gpt2", "stages") for path in (ROOT / folder).rglob("*.py")}
     imported = {canonicalize_name(names.get(name, name)) for name in imported_packages(files)}
     # Triton comes with torch where there is a GPU, and is needed there alone.
     assert imported - declared == {"triton"}
@@ -106,7 +106,7 @@ def test_commands_in_the_documents_exist(document):
     lines = code_in(document)
     targets = {word for line in lines for word in re.findall(r"\bmake ((?:[a-z]+ ?)+)", line) for word in word.split()}
     assert targets and targets <= make_targets()
-    modules = {name for line in lines for name in re.findall(r"-m ((?:gpt2|stages|tests|bench)[\w.]*)", line)}
+    modules = {name for line in lines for name in re.findall(r"-m ((?:gpt2|stages|tests|tools|bench)[\w.]*)", line)}
     files = files_of_git()
     places = {name: name.replace(".", "/") for name in modules}
     assert [name for name, place in places.items() if not {f"{place}.py", f"{place}/__main__.py"} & files] == []

@@ -8,12 +8,12 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.files import UserError, read_json, write_json, write_text
-from tests import verify
-from tests.comparison import TOLERANCES, digest, list_deviations
-from tests.pipeline import STAGES, all_written
-from tests.processor import INSTRUCTIONS, describe_processor, list_differences, read_cpuinfo
-from tests.verify import RECORD, Run, judge
+from gpt2.pipeline.files import UserError, read_json, write_json, write_text
+from tests.declared import STAGES, all_written
+from tools import verify
+from tools.comparison import TOLERANCES, digest, list_deviations
+from tools.processor import INSTRUCTIONS, describe_processor, list_differences, read_cpuinfo
+from tools.verify import RECORD, Run, judge
 
 HERE = {"architecture": "x86_64", "vendor": "AuthenticAMD", "torch_kernels": "AVX512"}
 ELSEWHERE = {"architecture": "x86_64", "vendor": "GenuineIntel", "torch_kernels": "AVX2"}
@@ -22,7 +22,7 @@ ELSEWHERE = {"architecture": "x86_64", "vendor": "GenuineIntel", "torch_kernels"
 def invent_entry(stage: str, **outs: str) -> dict:
     return {
         "cmd": f"python -m stages.{stage}",
-        "deps": [{"path": f"stages/{stage}.py", "md5": "c0de"}, {"path": "data/in", "md5": "1"}],
+        "deps": [{"path": f"stages/{stage}.py", "md5": "c0de"}, {"path": "data/tokens", "md5": "1"}],
         "params": {"params.yaml": {f"tiny.{stage}": {"seed": 1}}},
         "outs": [{"path": path.replace("__", "/"), "md5": md5} for path, md5 in outs.items()],
     }

@@ -19,13 +19,15 @@ import pytest
 import tiktoken
 import torch
 
-from gpt2 import params
-from gpt2.data import TrainOrder, eval_windows
-from gpt2.dist import Dist
-from gpt2.items import load_benchmark, save_benchmark, tokenize_items
-from gpt2.model import GPT, GPTConfig
-from gpt2.shards import TokenSet, Vocabulary, write_split
-from gpt2.train import Evaluation, TrainConfig
+from gpt2.data.order import TrainOrder
+from gpt2.data.shards import TokenSet, Vocabulary, write_split
+from gpt2.data.windows import eval_windows
+from gpt2.hellaswag.items import load_benchmark, save_benchmark, tokenize_items
+from gpt2.model.config import GPTConfig
+from gpt2.model.dist import Dist
+from gpt2.model.gpt import GPT
+from gpt2.pipeline import params
+from gpt2.train.loop import Evaluation, TrainConfig
 from stages import train
 from tests.closure import ROOT
 
@@ -144,13 +146,15 @@ def load_parts(folder: Path) -> Parts:
     )
 
 
-def start(folder: Path, processes: int = 1, module: str = "stages.train", restarts: int = 0) -> subprocess.Popen:
-    """Start a stage in `folder`; above one process under torchrun. Its output goes to log.txt."""
+def start(
+    folder: Path, processes: int = 1, module: str = "stages.train", restarts: int = 0, code: Path = ROOT
+) -> subprocess.Popen:
+    """Start a stage of the checkout `code` in `folder`, two or more processes under torchrun. It writes to log.txt."""
     torchrun = ["torch.distributed.run", "--standalone", f"--nproc-per-node={processes}", f"--max-restarts={restarts}"]
     launcher = ["-m", *torchrun] if processes > 1 else []
     given = {key: value for key, value in os.environ.items() if key not in ("DVC_ROOT", "DVC_STAGE")}
     # As in dvc.yaml.
-    env = {**given, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
+    env = {**given, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"}
     with open(folder / "log.txt", "w") as log:
         return subprocess.Popen(
             [sys.executable, *launcher, "-m", module], cwd=folder, env=env, stdout=log, stderr=subprocess.STDOUT

@@ -1,0 +1,85 @@
+"""Compare two models on HellaSwag by McNemar's test on the same items.
+
+    python -m gpt2.hellaswag --compare A B
+
+A and B are files written by the stage hellaswag, or revisions and experiments of this repository that DVC has the file
+of: `--compare HEAD workspace`.
+"""
+
+from pathlib import Path
+
+import dvc.api
+import pandas as pd
+from dvc.exceptions import DvcException
+from dvc.scm import SCMError
+
+from gpt2.hellaswag.items import PROTOCOLS
+from gpt2.hellaswag.mcnemar import Comparison, count_items
+from gpt2.pipeline.command import Parser, reporting
+from gpt2.pipeline.files import UserError
+
+SCORES = Path("data/hellaswag_scores.csv")
+ACCURACIES = tuple(f"{protocol}_{kind}" for protocol in PROTOCOLS for kind in ("acc", "acc_norm"))
+
+
+def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Comparison]:
+    """A comparison by each accuracy. Raises UserError if the scores are of other items."""
+    if len(a) != len(b) or (a["label"] != b["label"]).any():
+        raise UserError(f"A has {len(a)} items, B {len(b)}, or other labels; compare scores of the same benchmark")
+    comparisons = {}
+    for name in ACCURACIES:
+        right_a, right_b = a[name] == a["label"], b[name] == b["label"]
+        comparisons[name] = count_items(right_a, right_b)
+    return comparisons
+
+
+def read_scores(source: str) -> pd.DataFrame:
+    """Scores from a file or, where there is none of that name, a revision. Raises UserError if neither has any."""
+    try:
+        if Path(source).is_file():
+            scores = pd.read_csv(source)
+        elif source == "workspace":
+            scores = pd.read_csv(SCORES)
+        else:
+            with dvc.api.open(str(SCORES), rev=source) as file:
+                scores = pd.read_csv(file)
+    except (OSError, ValueError, DvcException, SCMError) as error:
+        raise UserError(
+            f"{source} is neither a readable file of scores nor a revision that DVC has {SCORES} of ({error}); "
+            "run `dvc repro hellaswag` there, or `dvc fetch`"
+        ) from error
+    if missing := [name for name in ("label", *ACCURACIES) if name not in scores]:
+        raise UserError(f"{source} lacks the columns {', '.join(missing)}; name a file that the stage hellaswag wrote")
+    return scores
+
+
+def render_comparisons(comparisons: dict[str, Comparison]) -> str:
+    """The comparisons as a table."""
+    table = pd.DataFrame(
+        {
+            "both right": [c.both for c in comparisons.values()],
+            "only A": [c.only_a for c in comparisons.values()],
+            "only B": [c.only_b for c in comparisons.values()],
+            "neither": [c.neither for c in comparisons.values()],
+            "A %": [f"{100 * (c.both + c.only_a) / c.items:.2f}" for c in comparisons.values()],
+            "B %": [f"{100 * (c.both + c.only_b) / c.items:.2f}" for c in comparisons.values()],
+            "B - A": ["{:+.2f} ± {:.2f}".format(*(100 * x for x in c.difference)) for c in comparisons.values()],
+            "p": [f"{c.p_value:.3g}" for c in comparisons.values()],
+        },
+        index=list(comparisons),
+    )
+    items = next(iter(comparisons.values())).items
+    return f"{items:,} items; B - A in points with its 95 % interval; p by McNemar's exact test\n\n{table.to_string()}"
+
+
+def main(argv: list[str] | None = None) -> None:
+    """The command line above."""
+    parser = Parser(prog="python -m gpt2.hellaswag", description="Compare two models on HellaSwag.")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), required=True, help="score files, or revisions")
+    a, b = parser.parse_args(argv).compare
+    with reporting("hellaswag"):
+        print(render_comparisons(compare(read_scores(a), read_scores(b))))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,182 @@
+"""The multiple-choice benchmark: HellaSwag itself, or items of its form made from held-out documents."""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Literal, NamedTuple
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+from pydantic import Field, NonNegativeInt, PositiveInt, model_validator
+
+from gpt2.hellaswag.items import ENDINGS, check_item, read_items
+from gpt2.pipeline.files import UserError, write_text
+from gpt2.pipeline.params import Config
+from gpt2.prepare.corpus import read_split
+from gpt2.prepare.hub import COMMIT, open_dataset
+
+# HellaSwag's validation split.
+WHOLE = 10_042
+# Below this the standard error of an accuracy exceeds four points.
+MIN_ITEMS = 100
+# Passages gathered for each item wanted, a limit on memory with a large corpus.
+PASSAGES_PER_ITEM = 4
+LONGEST_WORD = 30
+
+
+class BenchmarkConfig(Config):
+    """Section `benchmark`: where items come from. Fields of other sources may be absent."""
+
+    source: Literal["heldout", "file", "hub"]
+    # heldout: most items to make. file, hub: how many to take, in order; null takes all.
+    items: PositiveInt | None = None
+    # heldout: words of a context and of each ending.
+    context_words: PositiveInt | None = None
+    ending_words: PositiveInt | None = None
+    seed: NonNegativeInt = 0
+    # file: HellaSwag as JSONL or gzipped JSONL.
+    path: Path | None = None
+    # hub: a dataset of the Hugging Face hub, a pattern for the names of its Parquet files, and its commit.
+    dataset: str = "Rowan/hellaswag"
+    files: str = "data/validation-*.parquet"
+    revision: str = Field("218ec52e09a7e7462a5400043bb9a69a41d06b76", pattern=rf"^{COMMIT.pattern}$")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "BenchmarkConfig":
+        needed = {"heldout": ("items", "context_words", "ending_words"), "file": ("path",), "hub": ()}
+        if missing := [key for key in needed[self.source] if getattr(self, key) is None]:
+            raise ValueError(f"source={self.source} needs {', '.join(missing)}; set them")
+        return self
+
+
+class Passage(NamedTuple):
+    """Consecutive words of a document, cut in two."""
+
+    context: str
+    ending: str
+
+
+def make_items(config: BenchmarkConfig, corpus: Path) -> list[dict]:
+    """The items of the chosen source. Raises UserError if it cannot be read or breaks HellaSwag's form."""
+    if config.source == "heldout":
+        return heldout_items(read_split(corpus, "test"), config)
+    if config.source == "file":
+        return _take(list(read_items(config.path)), config.items, str(config.path))
+    return _take(list(_read_hub(config)), config.items, config.dataset)
+
+
+def _take(items: list[dict], n: int | None, place: str) -> list[dict]:
+    """The first `n`, or all. Raises UserError if there are fewer, or if HellaSwag's number is asked of another set."""
+    if n is not None and (len(items) < n or (n == WHOLE and len(items) != WHOLE)):
+        whole = " of the whole validation split of HellaSwag" if n == WHOLE else ""
+        raise UserError(
+            f"{place} holds {len(items):,} items, not the {n:,}{whole} that benchmark.items asks for; get the whole, "
+            "or set items to null for what is there"
+        )
+    return items[:n]
+
+
+def write_items(path: Path, items: Sequence[dict]) -> None:
+    """Write items as JSON lines in ASCII. Raises UserError if there is none."""
+    if not items:
+        raise UserError(f"{path} would hold no item; choose another benchmark.source")
+    write_text(path, "".join(json.dumps(item) + "\n" for item in items))
+
+
+def heldout_items(documents: Iterator[str], config: BenchmarkConfig) -> list[dict]:
+    """Items that ask which of four endings continues a passage; the other three continue passages of other documents.
+
+    Passages have context_words + ending_words words and do not overlap. White space between words becomes one line end
+    or one space, since indentation and tables would make endings of equal words very unequal in tokens. Each ending is
+    prose (`is_prose`) and found once. Choice of passages, wrong endings and the place of the right one follow from
+    config.seed. Gives config.items items or as many as there are passages. Raises UserError if these are fewer than
+    MIN_ITEMS, or come from fewer than four documents.
+    """
+    by_document = _gather(documents, config)
+    passages = [(i, passage) for i, found in enumerate(by_document) for passage in found]
+    if len(passages) < MIN_ITEMS or len(by_document) < ENDINGS:
+        raise UserError(
+            f"the test split gives {len(passages)} passages of {config.context_words} + {config.ending_words} words "
+            f"from {len(by_document)} documents; a benchmark needs {MIN_ITEMS} from {ENDINGS}: raise "
+            "prepare.test_percent or the number of documents, or lower benchmark.context_words"
+        )
+    rng = np.random.Generator(np.random.PCG64(config.seed))
+    items = []
+    for ind, chosen in enumerate(rng.permutation(len(passages))[: config.items]):
+        document, passage = passages[chosen]
+        # Numbers of other documents: those from `document` on are one higher.
+        others = rng.choice(len(by_document) - 1, ENDINGS - 1, replace=False)
+        others += others >= document
+        endings = [by_document[other][rng.integers(len(by_document[other]))].ending for other in others]
+        label = int(rng.integers(ENDINGS))
+        endings.insert(label, passage.ending)
+        items.append(_item(ind, passage.context, endings, label))
+    return items
+
+
+def _gather(documents: Iterator[str], config: BenchmarkConfig) -> list[list[Passage]]:
+    """Passages by document, their endings distinct; documents without any are left out."""
+    by_document: list[list[Passage]] = []
+    endings: set[str] = set()
+    for text in documents:
+        if found := _passages(text, config.context_words, config.ending_words, endings):
+            by_document.append(found)
+        if len(endings) >= PASSAGES_PER_ITEM * config.items:
+            break
+    return by_document
+
+
+def _passages(text: str, context_words: int, ending_words: int, endings: set[str]) -> list[Passage]:
+    """Disjoint passages of one document whose endings are prose and not among `endings`, to which they are added."""
+    text = re.sub(r"\s+", lambda gap: "\n" if "\n" in gap[0] else " ", text)
+    spans = [word.span() for word in re.finditer(r"\S+", text)]
+    found = []
+    start = 0
+    while (end := start + context_words + ending_words) <= len(spans):
+        middle = start + context_words
+        ending = text[spans[middle][0] : spans[end - 1][1]]
+        if ending in endings or not is_prose(ending):
+            start += ending_words
+            continue
+        endings.add(ending)
+        found.append(Passage(text[spans[start][0] : spans[middle - 1][1]], ending))
+        start = end
+    return found
+
+
+def is_prose(text: str) -> bool:
+    """Whether at least half the words are of letters, with punctuation around them, and none is overlong.
+
+    Text with square brackets is refused too: the harness protocol of HellaSwag deletes what stands between them.
+    """
+    words = text.split()
+    of_letters = sum(word.strip("\"'`*.,:;!?()").isalpha() for word in words)
+    return 2 * of_letters >= len(words) and max(map(len, words)) <= LONGEST_WORD and not {"[", "]"} & set(text)
+
+
+def _item(ind: int, context: str, endings: list[str], label: int) -> dict:
+    return {
+        "ind": ind,
+        "activity_label": "Continuation",
+        "ctx_a": context,
+        "ctx_b": "",
+        "ctx": context,
+        "endings": endings,
+        "label": label,
+    }
+
+
+def _read_hub(config: BenchmarkConfig) -> Iterator[dict]:
+    remedy = "set benchmark.source to file and benchmark.path to a local copy, or to heldout"
+    for name, path in open_dataset(config.dataset, config.revision, config.files).fetch():
+        try:
+            rows = pq.read_table(path).to_pylist()
+            for number, row in enumerate(rows, start=1):
+                # The hub's copy holds the label as a string.
+                yield check_item({**row, "label": int(row.get("label", -1))}, f"{config.dataset}, {name}, row {number}")
+        except UserError:
+            raise
+        except (pa.ArrowException, ValueError, OSError) as error:
+            raise UserError(f"{config.dataset}: {name} cannot be read ({error}); {remedy}") from error

@@ -1,0 +1,152 @@
+"""GPT-2 on one page (Radford et al. 2019), with three placements of layer normalisation.
+
+Shapes: B sequences, T tokens, C = n_embd channels, H heads of D = n_embd / n_head channels, L = n_layer blocks.
+"""
+
+import math
+import warnings
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from gpt2.model.config import GPTConfig
+from gpt2.model.loss import linear_cross_entropy
+
+# Queries, keys and values, each (B, H, T, D), to the weighted values (B, H, T, D).
+Attend = Callable[[Tensor, Tensor, Tensor], Tensor]
+
+# GPT._init_weights sets every weight; the modules' own draws would be thrown away.
+_linear = partial(nn.utils.skip_init, nn.Linear)
+_embedding = partial(nn.utils.skip_init, nn.Embedding)
+# A layer may keep no head at all.
+warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarning)
+
+
+causal: Attend = partial(F.scaled_dot_product_attention, is_causal=True)
+
+
+class CausalSelfAttention(nn.Module):
+    """Multi-head attention of each token to itself and the tokens before it, with `n_head` heads (0 after pruning)."""
+
+    def __init__(self, config: GPTConfig, n_head: int):
+        super().__init__()
+        self.n_head, self.head_dim = n_head, config.head_dim
+        self.c_attn = _linear(config.n_embd, 3 * n_head * config.head_dim)
+        self.c_proj = _linear(n_head * config.head_dim, config.n_embd)
+
+    def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
+        B, T, _ = x.shape
+        if self.n_head == 0:
+            return self.c_proj.bias.expand_as(x)
+        qkv = self.c_attn(x).view(B, T, 3, self.n_head, self.head_dim)
+        q, k, v = qkv.permute(2, 0, 3, 1, 4)  # each (B, H, T, D)
+        y = attend(q, k, v)
+        return self.c_proj(y.transpose(1, 2).reshape(B, T, -1))
+
+
+class MLP(nn.Module):
+    """Two linear maps around GPT-2's tanh form of GELU (Hendrycks & Gimpel 2016)."""
+
+    def __init__(self, config: GPTConfig):
+        super().__init__()
+        self.c_fc = _linear(config.n_embd, 4 * config.n_embd)
+        self.c_proj = _linear(4 * config.n_embd, config.n_embd)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.c_proj(F.gelu(self.c_fc(x), approximate="tanh"))
+
+
+class Block(nn.Module):
+    """Attention and MLP with residual sums; `norm` says where the layer norms stand.
+
+    preln:    x + f(LN(x))        Radford et al. 2019
+    postln:   LN(x + f(x))        Vaswani et al. 2017
+    deepnorm: LN(alpha x + f(x))  alpha = (2 L)^(1/4), Wang et al. 2022 (decoder-only)
+    """
+
+    def __init__(self, config: GPTConfig, n_head: int):
+        super().__init__()
+        self.pre_norm = config.norm == "preln"
+        self.alpha = (2 * config.n_layer) ** 0.25 if config.norm == "deepnorm" else 1.0
+        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.attn = CausalSelfAttention(config, n_head)
+        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.mlp = MLP(config)
+
+    def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
+        if self.pre_norm:
+            x = x + self.attn(self.ln_1(x), attend)
+            return x + self.mlp(self.ln_2(x))
+        x = self.ln_1(self.alpha * x + self.attn(x, attend))
+        return self.ln_2(self.alpha * x + self.mlp(x))
+
+
+class GPT(nn.Module):
+    """Token and position embeddings, L blocks, for Pre-LN a final norm, and logits by the transposed token embedding.
+
+    The same `seed` gives the same weights on every platform with the same torch, whatever the global generator did.
+    """
+
+    def __init__(self, config: GPTConfig, seed: int = 0):
+        super().__init__()
+        self.config = config
+        self.wte = _embedding(config.padded_vocab_size, config.n_embd)
+        self.wpe = _embedding(config.block_size, config.n_embd)
+        self.h = nn.ModuleList(Block(config, n_head) for n_head in config.layer_heads)
+        self.ln_f = nn.LayerNorm(config.n_embd) if config.norm == "preln" else nn.Identity()
+        self._init_weights(torch.Generator().manual_seed(seed))
+
+    @torch.no_grad()
+    def _init_weights(self, generator: torch.Generator) -> None:
+        """N(0, 0.02) and zero biases as GPT and GPT-2; the two exceptions are in the papers of the norms.
+
+        preln: the projections into the residual stream are scaled by 1 / sqrt(2 L) (Radford et al. 2019, section 2.3).
+        deepnorm: Xavier normal with gain 1 for queries and keys, beta = (8 L)^(-1/4) for values, the attention's
+        projection and the MLP (Wang et al. 2022, figure 2).
+        """
+        L = self.config.n_layer
+        beta = (8 * L) ** -0.25
+        for name, module in self.named_modules():
+            if isinstance(module, nn.Embedding):
+                module.weight.normal_(std=0.02, generator=generator)
+            elif isinstance(module, nn.Linear):
+                module.bias.zero_()
+                std = 0.02
+                if self.config.norm == "preln" and name.endswith("c_proj"):
+                    std /= math.sqrt(2 * L)
+                elif self.config.norm == "deepnorm":
+                    fan_out = module.out_features // 3 if name.endswith("c_attn") else module.out_features
+                    std = beta * math.sqrt(2 / (module.in_features + fan_out))
+                module.weight.normal_(std=std, generator=generator)
+                if self.config.norm == "deepnorm" and name.endswith("c_attn"):
+                    module.weight[: 2 * (len(module.weight) // 3)] /= beta
+        self.wte.weight[self.config.vocab_size :] = 0
+
+    def hidden(self, idx: Tensor, positions: Tensor | None = None, attends: Sequence[Attend] | None = None) -> Tensor:
+        """Final hidden states (B, T, C) of token ids (B, T). Raises ValueError beyond block_size.
+
+        A caller whose tokens do not simply follow each other gives their `positions`, (T,) or (B, T) below block_size,
+        and in `attends` what each layer does in place of causal attention.
+        """
+        T = idx.shape[1]
+        if positions is None and T > self.config.block_size:
+            raise ValueError(f"sequence of {T} tokens exceeds block_size={self.config.block_size}")
+        x = self.wte(idx) + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
+        for block, attend in zip(self.h, attends or [causal] * len(self.h), strict=True):
+            x = block(x, attend)
+        return self.ln_f(x)
+
+    def forward(self, idx: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Mean cross-entropy (scalar, nats) against `targets` (B, T), or logits (B, T, vocab_size) without them."""
+        x = self.hidden(idx)
+        if targets is None:
+            return x @ self.wte.weight[: self.config.vocab_size].t()
+        return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
+
+    def n_params(self) -> int:
+        """Number of parameters, the padding of the vocabulary left out."""
+        padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
+        return sum(p.numel() for p in self.parameters()) - padding

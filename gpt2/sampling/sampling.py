@@ -1,0 +1,170 @@
+"""Autoregressive sampling with temperature, top-k and top-p.
+
+The position embeddings are learned and absolute (Radford et al. 2019), so the keys and values of a window that slides
+by one token would all change. Instead, a context that is full loses its older half, and the rest passes the model
+again: `window_start`.
+"""
+
+from collections.abc import Iterator
+from functools import partial
+
+import torch
+from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
+from torch import Tensor
+
+from gpt2.model.gpt import GPT
+from gpt2.pipeline.files import UserError
+from gpt2.pipeline.params import Config
+from gpt2.sampling.cache import Cache
+from gpt2.sampling.cuda_graph import CudaGraph
+
+# Random numbers of a sequence that are drawn at a time.
+UNIFORMS = 1024
+
+
+class SamplingConfig(Config):
+    """How the next token is drawn."""
+
+    # New tokens of each sequence at most; an end-of-text token ends it earlier.
+    max_tokens: PositiveInt = 50
+    # Sequences drawn from one prompt.
+    num_seq: PositiveInt = 1
+    # Logits are divided by this; 0 takes the likeliest token.
+    temperature: float = Field(default=0.8, ge=0)
+    # Only the top_k likeliest tokens; 0 keeps all.
+    top_k: NonNegativeInt = 50
+    # Only the likeliest tokens that together have this probability.
+    top_p: PositiveFloat = Field(default=1.0, le=1)
+    seed: int = Field(default=1337, ge=0, lt=2**63)
+
+
+def window_start(n_tokens: int, block_size: int) -> int:
+    """The first of `n_tokens` tokens, prompt included, that the model sees when it predicts the next one.
+
+    All are seen up to block_size. Each time that there is one more than fits, the oldest half of the context goes: the
+    start is the smallest multiple of half the context with at most block_size tokens behind it. With 1024 positions,
+    1024 tokens are seen whole, and of 1025 the last 513.
+    """
+    half = (block_size + 1) // 2
+    return half * max(0, -(-(n_tokens - block_size) // half))
+
+
+@torch.no_grad()
+def draw_tokens(model: GPT, prompt: Tensor, sampling: SamplingConfig, eot_token: int) -> Iterator[dict[int, int]]:
+    """Continue `prompt` (T,) of token ids `num_seq` times; yield the next token of each sequence, by its number.
+
+    A sequence that drew the end-of-text token is left out from there on, and on a CPU costs nothing any more. Ids that
+    pad the vocabulary are never drawn. Each sequence has random numbers of its own, one for a token, which depend on
+    the seed and its number alone: neither more sequences nor more tokens change what it says, nor does the device (but
+    for the rounding of products of another size, which decides where two tokens are as good as equal). Raises UserError
+    if the model gives no numbers.
+    """
+    ended: set[int] = set()
+    for sequences, chosen in _read_behind(_draw_steps(model, prompt, sampling, eot_token)):
+        drawn = dict(zip(sequences, chosen.tolist(), strict=True))
+        ended |= {number for number, token in drawn.items() if token == eot_token}
+        going = {number: token for number, token in drawn.items() if number not in ended}
+        if not going:
+            return
+        yield going
+
+
+def _draw_steps(
+    model: GPT, prompt: Tensor, sampling: SamplingConfig, eot_token: int
+) -> Iterator[tuple[list[int], Tensor]]:
+    """Numbers of sequences and their next tokens (B,), on the device of the model.
+
+    Those that have ended are dropped on a CPU. A GPU computes on for them: it would have to be asked who they are, and
+    a step reads all weights for one sequence as for five.
+    """
+    sequences, device = list(range(sampling.num_seq)), model.wte.weight.device
+    on_gpu, uniforms = device.type == "cuda", _uniforms(sampling, device)
+    cache, choose, start = Cache(model, sampling.num_seq), partial(_choose, model, sampling), None
+    if on_gpu:
+        choose = CudaGraph(choose)
+    # One row until the first draw, since the prompt is the same for all.
+    idx = prompt[None].to(device)
+    for n_tokens in range(len(prompt), len(prompt) + sampling.max_tokens):
+        start, before = window_start(n_tokens, model.config.block_size), start
+        hidden = cache.extend(idx[:, -1:]) if start == before else _finite(cache.begin(idx[:, start:]))
+        numbers = next(uniforms) if on_gpu else next(uniforms)[sequences]
+        chosen = choose(hidden.expand(len(sequences), -1), numbers)
+        yield sequences, chosen
+        idx = torch.cat([idx.expand(len(sequences), -1), chosen[:, None]], dim=1)
+        if not on_gpu and len(going := (chosen != eot_token).nonzero().flatten()) < len(sequences):
+            sequences, idx = [sequences[row] for row in going.tolist()], idx[going]
+            cache.keep(going)
+
+
+def _finite(hidden: Tensor) -> Tensor:
+    if hidden.isfinite().all():
+        return hidden
+    raise UserError("the hidden states of the model are not finite, so its weights are damaged; take another model")
+
+
+def _read_behind(steps: Iterator[tuple[list[int], Tensor]]) -> Iterator[tuple[list[int], Tensor]]:
+    """The steps with their tokens on the CPU, those of a GPU after the next step has been started: it never waits."""
+    behind = None
+    for sequences, chosen in steps:
+        if not chosen.is_cuda:
+            yield sequences, chosen
+            continue
+        here, copied = chosen.to("cpu", non_blocking=True), torch.cuda.Event()
+        copied.record()
+        if behind:
+            behind[2].synchronize()
+            yield behind[:2]
+        behind = sequences, here, copied
+    if behind:
+        behind[2].synchronize()
+        yield behind[:2]
+
+
+def _uniforms(sampling: SamplingConfig, device: torch.device) -> Iterator[Tensor]:
+    """For each token a number in [0, 1) for each sequence, (num_seq,) fp64, drawn on the CPU, which is slow to hand
+    over single ones.
+    """
+    seeds = torch.Generator().manual_seed(sampling.seed)
+    generators = [
+        torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=seeds)))
+        for _ in range(sampling.num_seq)
+    ]
+    while True:
+        drawn = [torch.rand(UNIFORMS, dtype=torch.float64, generator=own) for own in generators]
+        yield from torch.stack(drawn, dim=1).to(device)
+
+
+def _choose(model: GPT, sampling: SamplingConfig, hidden: Tensor, uniforms: Tensor) -> Tensor:
+    """One token id for each hidden state (B, C) by its number of `uniforms` (B,)."""
+    # In this order the product of the large matrix with a few columns takes half the time on a CPU.
+    logits = (model.wte.weight[: model.config.vocab_size] @ hidden.t()).t()
+    if sampling.temperature == 0:
+        return logits.argmax(-1)
+    if logits.is_cuda:
+        # Triton comes with torch for GPUs alone.
+        from gpt2.sampling.draw_kernels import MAX_TOP_K, draw_top_k
+
+        if 0 < sampling.top_k <= MAX_TOP_K:
+            return draw_top_k(logits, uniforms, sampling.top_k, sampling.top_p, sampling.temperature)
+    return _draw(logits, sampling, uniforms)
+
+
+def _draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> Tensor:
+    """One token id for each row of logits (B, V) by its number of `uniforms` (B,)."""
+    ids = None
+    if sampling.top_k:
+        # In the order of ids: which token a number means may not depend on the last bit of a logit.
+        ids = logits.topk(min(sampling.top_k, logits.shape[-1])).indices.sort().values
+        logits = logits.gather(-1, ids)
+    # The largest is zero, whatever the temperature.
+    logits = (logits - logits.amax(-1, keepdim=True)).double()
+    probabilities = torch.softmax(logits / sampling.temperature, -1)
+    if sampling.top_p < 1:
+        ordered, order = probabilities.sort(descending=True, stable=True)
+        # A token goes if those before it already have the mass; the likeliest one always stays.
+        ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= sampling.top_p, 0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    mass = probabilities.cumsum(-1)
+    # The first one with as much behind it: as 1 - u lies in (0, 1], no token without probability is met.
+    drawn = torch.searchsorted(mass, mass[:, -1:] * (1 - uniforms[:, None]))
+    return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)

@@ -1,0 +1,84 @@
+"""Short trainings of small models for the studies: one loop, and on CPUs several runs at a time."""
+
+from collections.abc import Callable, Iterable
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from multiprocessing import get_context
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from gpt2.data.order import sample_windows
+from gpt2.model.dist import Precision, autocast, setup_device
+from gpt2.model.gpt import GPT
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.train.optim import OptimConfig, build_optimizer, lr_at
+from gpt2.train.stability import DivergenceWatch
+
+R = TypeVar("R")
+
+
+@dataclass(frozen=True)
+class Curve:
+    """Loss and gradient norm of every step before a divergence, and the largest gradient norm, that of the diverging
+    step included. `diverged_at_step` counts from 0 and is -1 if there was no divergence."""
+
+    losses: list[float]
+    grad_norms: list[float]
+    max_grad_norm: float
+    diverged_at_step: int
+
+
+def order_windows(n_windows: int, steps: int, batch_windows: int, seed: int) -> np.ndarray:
+    """The windows of each step, (steps, batch_windows): all of them once before any comes again."""
+    return sample_windows(np.arange(steps * batch_windows), n_windows, seed).reshape(steps, batch_windows)
+
+
+def train_windows(
+    model: GPT, schedule: OptimConfig, windows: Tensor, order: np.ndarray, micro_batch: int, precision: Precision
+) -> Curve:
+    """Train `model` on its device with the `windows` (N, T + 1) that `order` names for each step; stops where it
+    diverges."""
+    device = model.wte.weight.device
+    optimizer = build_optimizer(model, schedule)
+    parameters = list(model.parameters())
+    losses, grad_norms, watch = [], [], DivergenceWatch()
+    diverged_at_step = -1
+    for step, chosen in enumerate(order):
+        batch = windows[chosen].to(device)
+        loss = 0.0
+        for part in batch.split(micro_batch):
+            with autocast(device, precision):
+                share = model(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
+            share.backward()
+            loss += share.item()
+        grad_norm = nn.utils.clip_grad_norm_(parameters, schedule.grad_clip).item()
+        if watch.update(loss, grad_norm):
+            diverged_at_step = step
+            break
+        losses.append(loss)
+        grad_norms.append(grad_norm)
+        for group in optimizer.param_groups:
+            group["lr"] = lr_at(step, schedule)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+    # Not max(), which may pass over what is not a number.
+    return Curve(losses, grad_norms, float(np.max([*grad_norms, grad_norm])), diverged_at_step)
+
+
+def run_each(function: Callable[..., R], tasks: Iterable[tuple], hardware: HardwareConfig) -> list[R]:
+    """`function(*task, device)` for each task, in their order; on CPUs several at a time."""
+    if torch.cuda.is_available():
+        device = setup_device(hardware)
+        return [function(*task, device) for task in tasks]
+    # A run is too small to share: one thread each beats all threads on one.
+    with ProcessPoolExecutor(
+        hardware.threads,
+        mp_context=get_context("spawn"),
+        initializer=setup_device,
+        initargs=(hardware, hardware.threads),
+    ) as pool:
+        futures = [pool.submit(function, *task, torch.device("cpu")) for task in tasks]
+        return [future.result() for future in futures]

@@ -1,0 +1,313 @@
+"""Items have HellaSwag's form, whether made from held-out documents or read from a file."""
+
+import gzip
+import json
+import os
+import re
+import subprocess
+import sys
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+from pydantic import ValidationError
+
+from gpt2.hellaswag.benchmark import (
+    MIN_ITEMS,
+    WHOLE,
+    BenchmarkConfig,
+    heldout_items,
+    is_prose,
+    make_items,
+    write_items,
+)
+from gpt2.hellaswag.items import read_items
+from gpt2.pipeline.files import UserError
+from gpt2.prepare.corpus import Document, new_corpus
+from tests.closure import ROOT
+from tests.hub import COMMIT, serve
+
+CONTEXT, ENDING = 6, 4
+
+
+def word(number: int) -> str:
+    """A word of letters that no other number gives."""
+    return "".join(chr(ord("a") + int(digit)) for digit in str(number))
+
+
+def make_documents(n: int, n_words: int = 35) -> list[str]:
+    """Documents in which every word is unique and lines have five words."""
+    texts = []
+    for i in range(n):
+        words = [word(1000 * i + j) for j in range(n_words)]
+        texts.append("\n    ".join(" ".join(words[k : k + 5]) for k in range(0, n_words, 5)))
+    return texts
+
+
+DOCUMENTS = make_documents(200)
+
+
+def config(**changes) -> BenchmarkConfig:
+    values = {"source": "heldout", "items": 300, "context_words": CONTEXT, "ending_words": ENDING, "seed": 1}
+    return BenchmarkConfig(**{**values, **changes})
+
+
+def document_of(text: str, documents: list[str]) -> int:
+    """Index of the document that holds the words of `text` in a row."""
+    words = " ".join(text.split())
+    (found,) = [i for i, document in enumerate(documents) if words in " ".join(document.split())]
+    return found
+
+
+def test_the_right_ending_continues_the_context_and_the_others_come_from_three_other_documents():
+    items = heldout_items(iter(DOCUMENTS), config(items=100))
+    assert [item["ind"] for item in items] == list(range(100))
+    for item in items:
+        right = item["endings"][item["label"]]
+        home = document_of(f"{item['ctx']} {right}", DOCUMENTS)
+        homes = [document_of(ending, DOCUMENTS) for ending in item["endings"]]
+        assert homes[item["label"]] == home
+        assert len(set(homes)) == 4
+        assert len(item["ctx"].split()) == CONTEXT
+        assert [len(ending.split()) for ending in item["endings"]] == [ENDING] * 4
+        assert len(set(item["endings"])) == 4
+
+
+def test_passages_of_a_document_do_not_overlap():
+    items = heldout_items(iter(DOCUMENTS), config(items=10_000))
+    assert len(items) == 3 * len(DOCUMENTS)
+    words = Counter(w for item in items for w in f"{item['ctx']} {item['endings'][item['label']]}".split())
+    assert set(words.values()) == {1}
+
+
+def test_labels_are_uniform():
+    counts = np.bincount([item["label"] for item in heldout_items(iter(DOCUMENTS), config(items=600))])
+    chi_squared = ((counts - counts.mean()) ** 2 / counts.mean()).sum()
+    assert len(counts) == 4
+    assert chi_squared < 16.3  # 0.1 % quantile at three degrees of freedom
+
+
+def test_the_seed_decides_and_nothing_else():
+    one = heldout_items(iter(DOCUMENTS), config())
+    np.random.default_rng().random()
+    assert heldout_items(iter(DOCUMENTS), config()) == one
+    assert heldout_items(iter(DOCUMENTS), config(seed=2)) != one
+
+
+def test_runs_of_white_space_become_a_line_end_or_a_space():
+    for item in heldout_items(iter(DOCUMENTS), config()):
+        for text in (item["ctx"], *item["endings"]):
+            assert set(re.findall(r"\s+", text)) <= {" ", "\n"}
+            assert text == text.strip()
+    assert any("\n" in item["ctx"] for item in heldout_items(iter(DOCUMENTS), config()))
+
+
+def test_equal_endings_are_used_once():
+    shared = " ".join(["shared"] * CONTEXT + ["ending"] * ENDING)
+    items = heldout_items(iter([*DOCUMENTS, *[shared] * 50]), config(items=10_000))
+    assert all(len(set(item["endings"])) == 4 for item in items)
+    assert sum("ending" in item["endings"][item["label"]] for item in items) == 1
+
+
+def test_an_ending_that_is_not_prose_moves_the_passage_on():
+    words = DOCUMENTS[0].split()
+    words[CONTEXT : CONTEXT + ENDING] = ["[1,", "2,", "3,", "4]"]
+    items = heldout_items(iter([" ".join(words), *DOCUMENTS[1:]]), config(items=10_000))
+    assert not any("[" in ending for item in items for ending in item["endings"])
+    first = [item for item in items if item["ctx"].startswith(words[ENDING] + " ")]
+    assert len(first) == 1
+
+
+@pytest.mark.parametrize("text", ["plain words in a row", "(some) `marks`, and 1 number.", "half words 12 34"])
+def test_prose(text):
+    assert is_prose(text)
+
+
+@pytest.mark.parametrize("text", ["one 2 3 4", "a list [of] words", "x" * 31, "--- === ---", "so-called under_score"])
+def test_not_prose(text):
+    assert not is_prose(text)
+
+
+def test_fewer_passages_than_wanted_give_what_there_is():
+    assert len(heldout_items(iter(DOCUMENTS[:40]), config(items=1000))) == 120
+
+
+def test_too_few_passages_are_refused():
+    with pytest.raises(UserError, match=rf"gives 9 passages .* needs {MIN_ITEMS}.*prepare\.test_percent"):
+        heldout_items(iter(DOCUMENTS[:3]), config())
+    with pytest.raises(UserError, match="from 3 documents"):
+        heldout_items(iter(make_documents(3, n_words=900)), config())
+
+
+def test_only_the_test_split_is_used(tmp_path):
+    with new_corpus(tmp_path / "corpus") as writers:
+        for i, text in enumerate(DOCUMENTS):
+            writers["test"].add(Document(text, str(i)))
+        for split in ("train", "val"):
+            writers[split].add(Document("seen in training " * 100, split))
+    assert make_items(config(), tmp_path / "corpus") == heldout_items(iter(DOCUMENTS), config())
+
+
+ITEM = {
+    "ind": 0,
+    "activity_label": "Canoeing",
+    "ctx_a": "Two women paddle.",
+    "ctx_b": "the water",
+    "ctx": "Two women paddle. the water",
+    "endings": ["is calm.", "is loud.", "sings.", "burns."],
+    "label": 0,
+}
+
+
+def write_lines(path, lines):
+    data = "".join(f"{line}\n" for line in lines).encode("utf-8")
+    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    return path
+
+
+@pytest.mark.parametrize("name", ["items.jsonl", "items.jsonl.gz"])
+def test_a_file_is_read_whole_or_up_to_the_number_asked(tmp_path, name):
+    items = [{**ITEM, "ind": i, "label": i % 4, "split": "val"} for i in range(20)]
+    path = write_lines(tmp_path / name, map(json.dumps, items))
+    whole = make_items(BenchmarkConfig(source="file", path=path), tmp_path)
+    assert whole == [{**ITEM, "ind": i, "label": i % 4} for i in range(20)]
+    assert make_items(BenchmarkConfig(source="file", path=path, items=7), tmp_path) == whole[:7]
+
+
+def test_lines_past_the_number_asked_are_checked_too(tmp_path):
+    path = write_lines(tmp_path / "items.jsonl", [json.dumps(ITEM)] * 9 + ["{}"])
+    with pytest.raises(UserError, match="line 10 lacks"):
+        make_items(BenchmarkConfig(source="file", path=path, items=7), tmp_path)
+
+
+def test_fewer_items_than_asked_for_are_refused(tmp_path):
+    path = write_lines(tmp_path / "items.jsonl", [json.dumps(ITEM)] * 9)
+    with pytest.raises(UserError, match=r"items\.jsonl holds 9 items, not the 10 that benchmark\.items asks for"):
+        make_items(BenchmarkConfig(source="file", path=path, items=10), tmp_path)
+
+
+@pytest.mark.parametrize("n", [WHOLE - 1, WHOLE + 1])
+def test_what_claims_to_be_the_whole_of_hellaswag_has_its_number_of_items(tmp_path, n):
+    message = rf"holds {n:,} items, not the 10,042 of the whole validation split of HellaSwag .*set items to null"
+    path = write_lines(tmp_path / "items.jsonl", [json.dumps(ITEM)] * n)
+    with pytest.raises(UserError, match=message):
+        make_items(BenchmarkConfig(source="file", path=path, items=WHOLE), tmp_path)
+    assert len(make_items(BenchmarkConfig(source="file", path=path), tmp_path)) == n
+
+
+# Writes the items of the hub, or tells the error.
+PROBE = """
+import json, sys
+from pathlib import Path
+from gpt2.hellaswag.benchmark import BenchmarkConfig, make_items
+from gpt2.pipeline.files import UserError
+try:
+    print(json.dumps(make_items(BenchmarkConfig.model_validate_json(sys.argv[1]), Path())))
+except UserError as error:
+    print(json.dumps(str(error)))
+"""
+
+
+def read_hub(home: Path, address: str, **changes) -> list[dict] | str:
+    env = {**os.environ, "HF_HOME": str(home), "HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "PYTHONPATH": str(ROOT)}
+    section = json.dumps({"source": "hub", "revision": COMMIT, **changes})
+    ended = subprocess.run([sys.executable, "-c", PROBE, section], env=env, capture_output=True, text=True, timeout=60)
+    assert ended.returncode == 0, ended.stderr
+    return json.loads(ended.stdout)
+
+
+def test_the_hub_serves_hellaswag_with_labels_as_strings(tmp_path):
+    items = [{**ITEM, "ind": i, "label": i % 4} for i in range(20)]
+    rows = [{**item, "label": str(item["label"]), "source_id": "x", "split": "val"} for item in items]
+    (tmp_path / "data").mkdir()
+    pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data/validation-00000-of-00001.parquet")
+    pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "data/train-00000-of-00001.parquet")
+    with serve(tmp_path, BenchmarkConfig(source="hub").dataset, "dataset") as hub:
+        assert read_hub(tmp_path / "home", hub.address) == items
+        assert read_hub(tmp_path / "home", hub.address, items=7) == items[:7]
+        assert "Rowan/hellaswag holds 20 items, not the 10,042" in read_hub(tmp_path / "home", hub.address, items=WHOLE)
+        assert "holds no file data/dev-*" in read_hub(tmp_path / "home", hub.address, files="data/dev-*")
+        pq.write_table(pa.table({"ind": [1]}), tmp_path / "data/validation-00000-of-00001.parquet")
+        told = read_hub(tmp_path / "other", hub.address)
+    assert "Rowan/hellaswag, data/validation-00000-of-00001.parquet, row 1 lacks activity_label" in told
+
+
+def test_what_is_written_is_read_back(tmp_path):
+    items = heldout_items(iter(DOCUMENTS), config())
+    items[0]["ctx"] = "line\nend and \u2028 separator, ünïcode 漢字"
+    write_items(tmp_path / "items.jsonl", items)
+    assert list(read_items(tmp_path / "items.jsonl")) == items
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"label": 4}, "label = 4 must be a whole number from 0 to 3"),
+        ({"label": -1}, "label = -1"),
+        ({"label": "2"}, "label = '2'"),
+        ({"label": True}, "label = True"),
+        ({"ind": 1.5}, "ind = 1.5 must be a whole number"),
+        ({"endings": ["a", "b", "c"]}, "endings has 3 entries; a HellaSwag item has 4"),
+        ({"endings": ["a", "b", "c", " "]}, "strings that are not empty"),
+        ({"endings": "abcd"}, "must be a list of strings"),
+        ({"ctx": "  "}, "ctx must not be empty"),
+        ({"ctx_b": None}, "ctx_b = None must be a string"),
+    ],
+)
+def test_a_line_that_breaks_the_form_is_named(tmp_path, change, message):
+    path = write_lines(tmp_path / "items.jsonl", map(json.dumps, [ITEM, {**ITEM, **change}]))
+    with pytest.raises(UserError, match=rf"items\.jsonl, line 2.*{re.escape(message)}"):
+        list(read_items(path))
+
+
+@pytest.mark.parametrize("field", ITEM)
+def test_an_absent_field_is_named(tmp_path, field):
+    item = {key: value for key, value in ITEM.items() if key != field}
+    path = write_lines(tmp_path / "items.jsonl", [json.dumps(item)])
+    with pytest.raises(UserError, match=rf"line 1 lacks {field};"):
+        list(read_items(path))
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("bad.jsonl", b'{"ind": oops}\n'),
+        ("bad.jsonl", '{"ctx": "café"}\n'.encode("latin-1")),
+        ("bad.jsonl", b"[1, 2]\n"),
+        ("bad.jsonl", b"\n"),
+        ("bad.jsonl.gz", b"not gzip"),
+        ("bad.jsonl.gz", gzip.compress(json.dumps(ITEM).encode())[:-12]),
+    ],
+)
+def test_a_damaged_file_is_named(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(UserError, match=rf"{name}, line \d"):
+        list(read_items(tmp_path / name))
+
+
+def test_absent_and_empty_files_are_refused(tmp_path):
+    with pytest.raises(UserError, match=r"absent\.jsonl does not exist; benchmark\.path"):
+        list(read_items(tmp_path / "absent.jsonl"))
+    (tmp_path / "empty.jsonl").write_text("")
+    items = make_items(BenchmarkConfig(source="file", path=tmp_path / "empty.jsonl"), tmp_path)
+    with pytest.raises(UserError, match="would hold no item"):
+        write_items(tmp_path / "items.jsonl", items)
+    assert not (tmp_path / "items.jsonl").exists()
+
+
+@pytest.mark.parametrize(
+    ("values", "message"),
+    [
+        ({"source": "heldout", "items": 5, "context_words": 5}, "source=heldout needs ending_words; set"),
+        ({"source": "heldout"}, "needs items, context_words, ending_words"),
+        ({"source": "file"}, "source=file needs path"),
+        ({"source": "file", "path": "x", "items": 0}, "greater than 0"),
+        ({"source": "hub", "revision": "main"}, "should match pattern"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused(values, message):
+    with pytest.raises(ValidationError, match=message):
+        BenchmarkConfig.model_validate_json(json.dumps(values))

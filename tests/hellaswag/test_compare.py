@@ -1,0 +1,104 @@
+"""McNemar's test on two files of scores, from folders and from revisions."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+from scipy.stats import binomtest
+
+from gpt2.hellaswag.__main__ import ACCURACIES, SCORES, Comparison, compare, main, read_scores
+from gpt2.pipeline.files import UserError
+
+
+def make_scores(seed: int, n: int = 40) -> pd.DataFrame:
+    """Random choices; the labels do not depend on the seed."""
+    rng = np.random.default_rng(seed)
+    chosen = {name: rng.integers(0, 4, n) for name in ACCURACIES}
+    return pd.DataFrame({"item": range(n), "label": np.arange(n) * 7 % 4, **chosen})
+
+
+def write_scores(path: Path, seed: int, n: int = 40) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    make_scores(seed, n).to_csv(path, index=False)
+    return str(path)
+
+
+def test_items_are_counted_by_who_is_right():
+    label = [0, 1, 2, 3, 0, 1]
+    a = pd.DataFrame({"label": label, **{name: [0, 1, 2, 0, 0, 0] for name in ACCURACIES}})
+    b = pd.DataFrame({"label": label, **{name: [0, 0, 0, 3, 1, 0] for name in ACCURACIES}})
+    assert compare(a, b) == dict.fromkeys(ACCURACIES, Comparison(both=1, only_a=3, only_b=1, neither=1))
+
+
+@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 9), (9, 3), (5, 5), (400, 470), (5000, 5042)])
+def test_p_is_that_of_the_binomial_test(only_a, only_b):
+    p = Comparison(10, only_a, only_b, 10).p_value
+    assert p == pytest.approx(binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1, rel=1e-9)
+
+
+def test_the_interval_is_that_of_a_mean_of_differences():
+    comparison = Comparison(both=30, only_a=8, only_b=15, neither=47)
+    differences = np.repeat([0, -1, 1, 0], comparison)
+    mean, half = comparison.difference
+    assert mean == pytest.approx(differences.mean())
+    assert half == pytest.approx(1.96 * differences.std() / 10)
+
+
+def test_the_command_prints_both_models_and_p(tmp_path, capsys):
+    sources = [write_scores(tmp_path / name, seed) for seed, name in enumerate("ab")]
+    main(["--compare", *sources])
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[0].startswith("40 items")
+    right = [(make_scores(seed)["harness_acc_norm"] == make_scores(seed)["label"]) for seed in range(2)]
+    (row,) = [line.split() for line in lines if line.startswith("harness_acc_norm")]
+    counts = [(right[0] & right[1]), (right[0] & ~right[1]), (~right[0] & right[1]), (~right[0] & ~right[1])]
+    assert row[1:5] == [str(cell.sum()) for cell in counts]
+    assert row[5:7] == [f"{100 * r.mean():.2f}" for r in right]
+    assert float(row[-1]) == pytest.approx(binomtest(int(row[2]), int(row[2]) + int(row[3])).pvalue, rel=1e-2)
+
+
+def test_scores_of_other_items_are_not_compared():
+    with pytest.raises(UserError, match="A has 40 items, B 39"):
+        compare(make_scores(0), make_scores(1, n=39))
+    with pytest.raises(UserError, match="or other labels"):
+        compare(make_scores(0), make_scores(1).assign(label=0))
+
+
+def test_a_file_that_holds_no_scores_is_refused(tmp_path):
+    other = tmp_path / "other.csv"
+    other.write_text("item,label\n0,1\n")
+    with pytest.raises(UserError, match=r"other\.csv lacks the columns completion_acc, .*harness_acc_norm"):
+        read_scores(str(other))
+
+
+def test_revisions_are_read_from_the_cache_of_dvc(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+
+    def git(*arguments: str) -> None:
+        subprocess.run(
+            ["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], check=True, capture_output=True
+        )
+
+    def dvc(*arguments: str) -> None:
+        subprocess.run([sys.executable, "-m", "dvc", "-q", *arguments], check=True, capture_output=True)
+
+    git("init", "-q")
+    dvc("init")
+    (tmp_path / ".gitignore").write_text("data/*.csv\n")
+    for seed in range(2):
+        write_scores(SCORES, seed)
+        dvc("add", str(SCORES))
+        git("add", ".")
+        git("commit", "-qm", f"scores {seed}")
+    SCORES.unlink()
+    for source, seed in (("HEAD~1", 0), ("HEAD", 1)):
+        pd.testing.assert_frame_equal(read_scores(source), make_scores(seed))
+    write_scores(SCORES, 2)
+    pd.testing.assert_frame_equal(read_scores("workspace"), make_scores(2))
+    with pytest.raises(SystemExit, match=r"hellaswag: nowhere is neither .* nor a revision .*dvc repro hellaswag"):
+        main(["--compare", "nowhere", "HEAD"])
+    assert capsys.readouterr().out == ""

@@ -1,0 +1,156 @@
+"""Items become tokens exactly as the two protocols' own programs make them, and return from disk as they were."""
+
+import re
+
+import numpy as np
+import pytest
+
+from gpt2.hellaswag.items import PROTOCOLS, load_benchmark, save_benchmark, tokenize_items
+from gpt2.pipeline.files import UserError
+from gpt2.tokenizer.encodings import load_encoding
+
+
+def make_item(ind: int, label: str, ctx_a: str, ctx_b: str, endings: list[str]) -> dict:
+    ctx = f"{ctx_a} {ctx_b}" if ctx_b else ctx_a
+    return {
+        "ind": ind,
+        "activity_label": label,
+        "ctx_a": ctx_a,
+        "ctx_b": ctx_b,
+        "ctx": ctx,
+        "endings": endings,
+        "label": 2,
+    }
+
+
+ITEMS = [
+    make_item(
+        *(0, "Canoeing", "Two women in a child are shown in a canoe while a man pulls the canoe.", "the Man"),
+        ["is calm.", "and the women are paddling, naïvely 🙂.", "sings", "burns down, slowly  but surely."],
+    ),
+    make_item(
+        *(
+            1,
+            "Home and Garden",
+            "[header] How to clean [title] Get a brush. [step] It should be stiff [title] Scrub.",
+            "",
+        ),
+        ["[step] Do it  twice.", "Rinse. [substeps] Use soap. [title] Dry.", " leading space", "x"],
+    ),
+    # What cleaning removes at the end of a context leaves a space, which belongs to the ending.
+    make_item(2, "Pets", "Feed the cat. [title]", "", ["now.", "later.", "never.", "[step] twice a day."]),
+    make_item(3, "Sports", "He runs and then [step]", "", ["stops.", "falls.", "wins.", "sleeps."]),
+]
+
+
+def clean(text: str) -> str:
+    """`preprocess` of lm-evaluation-harness, lm_eval/tasks/hellaswag/utils.py."""
+    text = text.strip()
+    text = text.replace(" [title]", ". ")
+    text = re.sub("\\[.*?\\]", "", text)
+    return text.replace("  ", " ")
+
+
+def harness_row(item: dict, ending: str) -> tuple[list[int], int, int]:
+    """The harness's request for one ending: `process_docs`, and `_encode_pair` of lm_eval/api/model.py."""
+    encode = load_encoding().encode_ordinary
+    context = clean(item["activity_label"] + ": " + (item["ctx_a"] + " " + item["ctx_b"].capitalize()))
+    continuation = " " + clean(ending)
+    n_spaces = len(context) - len(context.rstrip())
+    if n_spaces > 0:
+        continuation = context[-n_spaces:] + continuation
+        context = context[:-n_spaces]
+    whole, context_ids = encode(context + continuation), encode(context)
+    return whole, len(whole) - len(context_ids), len(clean(ending))
+
+
+def completion_row(item: dict, ending: str) -> tuple[list[int], int, int]:
+    """`render_example` of build-nanogpt's hellaswag.py."""
+    encode = load_encoding().encode_ordinary
+    context, ending_ids = encode(item["ctx"]), encode(" " + ending)
+    return context + ending_ids, len(ending_ids), len(ending)
+
+
+REFERENCES = {"completion": completion_row, "harness": harness_row}
+
+
+@pytest.fixture
+def benchmark():
+    return tokenize_items(ITEMS, load_encoding())
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_rows_are_those_of_the_protocols_own_program(protocol, benchmark):
+    rows = benchmark.protocols[protocol]
+    assert benchmark.labels.tolist() == [2, 2, 2, 2]
+    assert len(rows.offsets) == 4 * len(ITEMS) + 1
+    expected = [REFERENCES[protocol](item, ending) for item in ITEMS for ending in item["endings"]]
+    for row, (ids, n_tokens, n_chars) in enumerate(expected):
+        found = rows.tokens[rows.offsets[row] : rows.offsets[row + 1]].tolist()
+        assert (found, rows.ending_tokens[row], rows.ending_chars[row]) == (ids, n_tokens, n_chars)
+
+
+def test_the_protocols_differ_where_they_should(benchmark):
+    decode = load_encoding().decode
+    texts = {
+        name: [decode(rows.tokens[a:b].tolist()) for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
+        for name, rows in benchmark.protocols.items()
+    }
+    assert texts["completion"][0] == f"{ITEMS[0]['ctx']} is calm."
+    assert texts["harness"][0] == f"Canoeing: {ITEMS[0]['ctx_a']} The man is calm."
+    # The space behind a bracket of the ending stays, as in the harness.
+    assert texts["harness"][4] == "Home and Garden: How to clean. Get a brush. It should be stiff. Scrub.  Do it twice."
+
+
+def equal(one, other) -> bool:
+    return one.dtype == other.dtype and np.array_equal(one, other)
+
+
+def test_a_benchmark_returns_as_it_was(tmp_path, benchmark):
+    save_benchmark(benchmark, tmp_path / "items.npz")
+    loaded = load_benchmark(tmp_path / "items.npz")
+    assert equal(loaded.labels, benchmark.labels)
+    assert loaded.protocols.keys() == benchmark.protocols.keys()
+    for name, rows in benchmark.protocols.items():
+        assert all(equal(array, vars(rows)[field]) for field, array in vars(loaded.protocols[name]).items())
+
+
+def test_the_same_items_give_the_same_bytes(tmp_path, benchmark):
+    for name in ("one.npz", "two.npz"):
+        save_benchmark(benchmark, tmp_path / name)
+    assert (tmp_path / "one.npz").read_bytes() == (tmp_path / "two.npz").read_bytes()
+
+
+@pytest.mark.parametrize("n", [1, 3, 4, 99])
+def test_the_first_items_are_those_of_a_shorter_list(benchmark, n):
+    found, expected = benchmark.first(n), tokenize_items(ITEMS[:n], load_encoding())
+    assert equal(found.labels, expected.labels)
+    for name, rows in expected.protocols.items():
+        assert all(equal(array, vars(rows)[field]) for field, array in vars(found.protocols[name]).items())
+
+
+@pytest.mark.parametrize("kept", [0, 3, 50, -5], ids=["empty", "stub", "head", "all but the end"])
+def test_a_cut_file_is_refused(tmp_path, benchmark, kept):
+    path = tmp_path / "items.npz"
+    save_benchmark(benchmark, path)
+    path.write_bytes(path.read_bytes()[:kept])
+    with pytest.raises(UserError, match=r"items\.npz cannot be read .*; run `dvc repro -f tokenize`"):
+        load_benchmark(path)
+
+
+def test_a_file_with_a_changed_byte_is_refused(tmp_path, benchmark):
+    path = tmp_path / "items.npz"
+    save_benchmark(benchmark, path)
+    content = bytearray(path.read_bytes())
+    content[content.index(benchmark.protocols["harness"].tokens.tobytes()) + 7] ^= 1
+    path.write_bytes(content)
+    with pytest.raises(UserError, match=r"items\.npz cannot be read"):
+        load_benchmark(path)
+
+
+def test_an_absent_or_incomplete_file_is_refused(tmp_path, benchmark):
+    with pytest.raises(UserError, match=r"items\.npz cannot be read .*dvc repro"):
+        load_benchmark(tmp_path / "items.npz")
+    np.savez(tmp_path / "items.npz", labels=benchmark.labels)
+    with pytest.raises(UserError, match="completion_tokens"):
+        load_benchmark(tmp_path / "items.npz")

@@ -1,0 +1,250 @@
+"""Scores equal those of one ending at a time, however rows are batched, cut or shared among processes."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from gpt2.hellaswag.items import PROTOCOLS, Benchmark, TokenizedItems, tokenize_items
+from gpt2.hellaswag.scoring import accuracy, evaluate_benchmark, predictions, score_rows
+from gpt2.model.config import GPTConfig
+from gpt2.model.dist import Dist
+from gpt2.model.gpt import GPT
+from gpt2.pipeline.files import UserError
+from gpt2.tokenizer.encodings import load_encoding
+from tests.analysed import BLOCK_SIZE, VOCAB_SIZE, make_model
+
+N_ITEMS = 7
+# Items of HellaSwag's validation split.
+N_FULL = 10042
+
+
+def make_rows(lengths: list[int], ending_tokens: list[int], seed: int = 0) -> TokenizedItems:
+    """Rows of random ids below VOCAB_SIZE; an ending has three characters a token, and one more in every other row."""
+    tokens = np.random.default_rng(seed).integers(0, VOCAB_SIZE, sum(lengths)).astype(np.uint16)
+    chars = 3 * np.array(ending_tokens) + np.arange(len(lengths)) % 2
+    return TokenizedItems(tokens, np.cumsum([0, *lengths]), np.array(ending_tokens), chars)
+
+
+def share(rows: TokenizedItems, shared: list[int]) -> TokenizedItems:
+    """The rows with the first tokens of each item's first row, so many of them, in its other rows too."""
+    tokens = rows.tokens.copy()
+    for item, count in enumerate(shared):
+        first, *others = rows.offsets[4 * item : 4 * item + 4]
+        for other in others:
+            tokens[other : other + count] = tokens[first : first + count]
+    return TokenizedItems(tokens, rows.offsets, rows.ending_tokens, rows.ending_chars)
+
+
+@pytest.fixture
+def rows() -> TokenizedItems:
+    """Rows of many lengths that share nothing; a quarter of them are longer than the context."""
+    rng = np.random.default_rng(1)
+    endings = rng.integers(1, 8, 4 * N_ITEMS)
+    lengths = endings + rng.integers(1, BLOCK_SIZE + 8, 4 * N_ITEMS)
+    lengths[3] = BLOCK_SIZE + 1
+    lengths[4] = BLOCK_SIZE + 2
+    assert 4 < (lengths > BLOCK_SIZE + 1).sum() < 2 * N_ITEMS
+    return make_rows(lengths.tolist(), endings.tolist())
+
+
+@torch.no_grad()
+def score_one_by_one(model: GPT, rows: TokenizedItems) -> np.ndarray:
+    """The plain reading of both protocols: one row a pass, all logits, the last tokens that fit."""
+    scores = []
+    for row, n_ending in enumerate(rows.ending_tokens):
+        ids = rows.tokens[rows.offsets[row] : rows.offsets[row + 1]].tolist()[-(model.config.block_size + 1) :]
+        log_probabilities = model(torch.tensor([ids[:-1]]))[0].double().log_softmax(-1)
+        picked = [log_probabilities[t, ids[t + 1]].item() for t in range(len(ids) - 1)]
+        scores.append(sum(picked[-n_ending:]))
+    return np.array(scores).reshape(-1, 4)
+
+
+@pytest.mark.parametrize("norm", ["preln", "postln"])
+@pytest.mark.parametrize("batch_tokens", [1, 60, 10_000])
+def test_scores_equal_those_of_one_row_at_a_time(rows, norm, batch_tokens):
+    model = make_model(norm)
+    found = score_rows(model, rows, batch_tokens)
+    assert (found.shape, found.dtype) == ((N_ITEMS, 4), np.float64)
+    # Sums of up to seven fp32 losses of order five.
+    np.testing.assert_allclose(found, score_one_by_one(model, rows), rtol=0, atol=2e-5)
+
+
+@pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
+@pytest.mark.parametrize("batch_tokens", [1, 100, 10_000])
+def test_rows_that_begin_alike_are_scored_as_if_alone(norm, batch_tokens):
+    model = make_model(norm)
+    # In turn: nothing shared, the context, the context and part of the endings, a whole row, four equal rows.
+    lengths = [9, 12, 10, 11, 20, 14, 25, 16, 15, 18, 16, 24, 10, 12, 14, 16, 17, 17, 17, 17]
+    endings = [3, 6, 4, 5, 8, 2, 13, 4, 5, 8, 6, 14, 2, 4, 6, 8, 9, 9, 9, 9]
+    rows = share(make_rows(lengths, endings), [0, 12, 13, 10, 17])
+    expected = score_one_by_one(model, rows)
+    np.testing.assert_allclose(score_rows(model, rows, batch_tokens), expected, rtol=0, atol=2e-5)
+    assert np.ptp(expected[-1]) == 0 < np.ptp(expected[:-1], axis=1).min()
+
+
+def test_what_the_rows_of_an_item_share_is_read_once(monkeypatch):
+    model = make_model()
+    read = []
+    hidden = model.hidden
+    monkeypatch.setattr(model, "hidden", lambda idx, *given: read.append(idx.shape) or hidden(idx, *given))
+    score_rows(model, share(make_rows([21] * 8, [5] * 8), [16, 16]), 1000)
+    # Of each item the 16 tokens of the context and four times the first four of five.
+    assert read == [(2, 16 + 4 * 4)]
+
+
+@pytest.mark.parametrize("protocol", PROTOCOLS)
+def test_text_is_scored_as_by_hand_under_each_protocol(protocol):
+    shape = {"n_layer": 1, "n_head": 2, "n_embd": 16, "block_size": 16, "vocab_size": 50257}
+    model = GPT(GPTConfig(**shape, norm="preln"), seed=1).eval()
+    with torch.no_grad():
+        model.wte.weight *= 50
+    items = [
+        {
+            **{
+                "ind": i,
+                "activity_label": "Sailing",
+                "ctx_a": "The wind turns. " * i + "[step] The sail",
+                "ctx_b": "then",
+            },
+            **{"ctx": "The wind turns. " * i + "[step] The sail then", "label": i},
+            "endings": ["tears.", "fills again and pulls.", "[title] falls", "is taken in by the crew"],
+        }
+        for i in range(4)
+    ]
+    benchmark = tokenize_items(items, load_encoding())
+    rows = benchmark.protocols[protocol]
+    expected = score_one_by_one(model, rows)
+    np.testing.assert_allclose(score_rows(model, rows, 64), expected, rtol=1e-5)
+    figures, columns = evaluate_benchmark(model, benchmark, protocol, 64)
+    length = {"completion": rows.ending_tokens, "harness": rows.ending_chars}[protocol].reshape(4, 4)
+    chosen = {"acc": expected.argmax(1), "acc_norm": (expected / length).argmax(1)}
+    assert {kind: columns[f"{protocol}_{kind}"] for kind in chosen} == {k: v.tolist() for k, v in chosen.items()}
+    logprobs = np.transpose([columns[f"{protocol}_logprob_{ending}"] for ending in range(4)])
+    np.testing.assert_allclose(logprobs, expected, rtol=1e-5)
+    right = {kind: (choice == np.arange(4)).mean() for kind, choice in chosen.items()}
+    assert (figures[f"{protocol}_acc"], figures[f"{protocol}_acc_norm"]) == (right["acc"], right["acc_norm"])
+    assert figures.keys() == {f"{protocol}_{kind}{end}" for kind in right for end in ("", "_stderr")}
+
+
+class Process(Dist):
+    """One of several processes that are run one after another: its sums are its own part."""
+
+    def sum(self, tensor):
+        return tensor
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 5, 40])
+def test_parts_of_all_processes_add_up_to_the_whole(rows, world_size):
+    model = make_model()
+    whole = score_rows(model, rows, 60)
+    parts = [
+        score_rows(model, rows, 60, Process(rank, rank, world_size, torch.device("cpu"))) for rank in range(world_size)
+    ]
+    # Each row is scored by one process; batches of other rows round differently.
+    assert (sum((part != 0).astype(int) for part in parts) == 1).all()
+    np.testing.assert_allclose(sum(parts), whole, rtol=0, atol=2e-5)
+
+
+@pytest.fixture(scope="module")
+def full() -> tuple[TokenizedItems, np.ndarray]:
+    """As many items as HellaSwag has, with a shared context each, and their scores."""
+    rng = np.random.default_rng(2)
+    context = rng.integers(1, 5, N_FULL)
+    endings = rng.integers(1, 4, 4 * N_FULL)
+    rows = share(make_rows((np.repeat(context, 4) + endings).tolist(), endings.tolist()), context.tolist())
+    return rows, score_rows(make_model(), rows, 4096)
+
+
+def assert_chosen_alike(rows: TokenizedItems, scores: np.ndarray, expected: np.ndarray) -> None:
+    for protocol in PROTOCOLS:
+        found, wanted = (predictions(protocol, of, rows) for of in (scores, expected))
+        assert all((found[kind] == wanted[kind]).all() for kind in wanted)
+
+
+def test_three_processes_choose_the_endings_that_one_chooses(full):
+    rows, expected = full
+    processes = [Process(rank, rank, 3, torch.device("cpu")) for rank in range(3)]
+    parts = [score_rows(make_model(), rows, 4096, process) for process in processes]
+    assert sorted((part != 0).all(1).sum() for part in parts) == [N_FULL // 3, N_FULL // 3, N_FULL // 3 + 1]
+    assert_chosen_alike(rows, sum(parts), expected)
+
+
+@pytest.mark.parametrize("batch_tokens", [1, 64 * 16])
+def test_items_alone_or_64_at_a_time_get_the_same_endings(full, batch_tokens):
+    rows, expected = full
+    n = 1000
+    some = Benchmark(np.zeros(N_FULL), {"completion": rows}).first(n).protocols["completion"]
+    scores = score_rows(make_model(), some, batch_tokens)
+    np.testing.assert_allclose(scores, expected[:n], rtol=0, atol=2e-5)
+    assert_chosen_alike(some, scores, expected[:n])
+
+
+def test_the_order_of_the_items_changes_nothing(full):
+    rows, expected = full
+    n = 500
+    some = Benchmark(np.zeros(N_FULL), {"completion": rows}).first(n).protocols["completion"]
+    backwards = np.arange(4 * n).reshape(n, 4)[::-1].ravel()
+    pieces = np.split(some.tokens, some.offsets[1:-1])
+    turned = TokenizedItems(
+        np.concatenate([pieces[row] for row in backwards]),
+        np.cumsum([0, *(len(pieces[row]) for row in backwards)]),
+        some.ending_tokens[backwards],
+        some.ending_chars[backwards],
+    )
+    scores = score_rows(make_model(), turned, 4096)[::-1]
+    np.testing.assert_allclose(scores, expected[:n], rtol=0, atol=2e-5)
+    assert_chosen_alike(some, scores, expected[:n])
+
+
+def test_a_context_too_long_loses_tokens_on_the_left():
+    model = make_model()
+    long = make_rows([BLOCK_SIZE + 9] * 4, [5] * 4)
+    kept = np.concatenate([row[-(BLOCK_SIZE + 1) :] for row in long.tokens.reshape(4, -1)])
+    short = TokenizedItems(kept, np.arange(5) * (BLOCK_SIZE + 1), long.ending_tokens, long.ending_chars)
+    assert (score_rows(model, long, 100) == score_rows(model, short, 100)).all()
+
+
+def test_the_longest_ending_leaves_one_token_of_context():
+    model = make_model()
+    rows = make_rows([BLOCK_SIZE + 5] * 4, [BLOCK_SIZE] * 4)
+    np.testing.assert_allclose(score_rows(model, rows, 100), score_one_by_one(model, rows), rtol=1e-6)
+
+
+@pytest.mark.parametrize(("length", "n_ending"), [(BLOCK_SIZE + 5, BLOCK_SIZE + 1), (6, 6)])
+def test_an_ending_that_leaves_no_context_is_refused_with_its_item(length, n_ending):
+    rows = make_rows([10] * 6 + [length] + [10], [3] * 6 + [n_ending] + [3])
+    with pytest.raises(
+        UserError, match=rf"hellaswag.jsonl, line 2: ending 2 has {n_ending} tokens, .*block_size={BLOCK_SIZE}; remove"
+    ):
+        score_rows(make_model(), rows, 100)
+
+
+def test_normalisation_is_by_tokens_or_by_characters():
+    rows = TokenizedItems(np.zeros(0), np.zeros(0), np.array([1, 2, 4, 4]), np.array([9, 6, 10, 40]))
+    scores = np.array([[-5.0, -6.0, -8.0, -18.0]])
+    # By token -5, -3, -2, -4.5; by character -0.56, -1, -0.8, -0.45.
+    assert {name: found.tolist() for name, found in predictions("completion", scores, rows).items()} == {
+        **{"acc": [0], "acc_norm": [2]}
+    }
+    assert predictions("harness", scores, rows)["acc_norm"].tolist() == [3]
+    assert predictions("harness", scores, rows)["acc"].tolist() == [0]
+
+
+def test_the_standard_error_is_that_of_a_mean():
+    labels, chosen = np.array([0, 1, 2, 3, 0, 0]), np.array([0, 1, 2, 0, 0, 1])
+    p, error = accuracy(chosen, labels)
+    assert p == pytest.approx(4 / 6)
+    assert error == pytest.approx(math.sqrt(4 / 6 * 2 / 6 / 5))
+    assert error == pytest.approx(np.std(chosen == labels, ddof=1) / math.sqrt(6))
+    assert accuracy(chosen[:1], labels[:1]) == (1.0, 0.0)
+
+
+def test_a_model_that_knows_the_endings_has_no_errors(rows):
+    model = make_model()
+    scores = score_rows(model, rows, 100)
+    benchmark = Benchmark(scores.argmax(1), {"completion": rows})
+    figures, columns = evaluate_benchmark(model, benchmark, "completion", 100)
+    assert (figures["completion_acc"], figures["completion_acc_stderr"]) == (1.0, 0.0)
+    assert columns["completion_acc"] == benchmark.labels.tolist()

@@ -1,0 +1,141 @@
+"""Work over processes comes back in order, whoever is slow, and ends with whoever dies."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from contextlib import closing
+
+import psutil
+import pytest
+
+from gpt2.pipeline.files import UserError
+from gpt2.pipeline.workers import AHEAD, in_order
+from tests.closure import ROOT
+
+
+def double(number: int) -> int:
+    return 2 * number
+
+
+def double_late(number: int) -> int:
+    """The earlier, the later."""
+    time.sleep(0.02 * (5 - number % 5))
+    return 2 * number
+
+
+def stall_at_first(number: int) -> int:
+    time.sleep(1.0 * (number == 0))
+    return number
+
+
+def refuse_three(number: int) -> int:
+    if number == 3:
+        raise UserError("three is not allowed; take four")
+    return number
+
+
+def divide_by_zero(number: int) -> float:
+    return 1 / number
+
+
+def die_at_three(number: int) -> int:
+    if number == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return number
+
+
+def leave_at_three(number: int) -> int:
+    if number == 3:
+        os._exit(7)
+    return number
+
+
+def process_number(_: int) -> int:
+    return os.getpid()
+
+
+# What other tests started, as the process that multiprocessing keeps to track resources, is none of ours.
+OTHERS: set[psutil.Process] = set()
+
+
+@pytest.fixture(autouse=True)
+def know_others() -> None:
+    OTHERS.clear()
+    OTHERS.update(psutil.Process().children())
+
+
+def children() -> list[psutil.Process]:
+    return [process for process in psutil.Process().children() if process not in OTHERS]
+
+
+@pytest.mark.parametrize("workers", [1, 2, 3])
+@pytest.mark.parametrize("n", [0, 1, 40])
+def test_results_come_in_the_order_of_the_tasks(workers, n):
+    assert list(in_order(double_late if n > 1 else double, range(n), workers)) == [2 * i for i in range(n)]
+    assert children() == []
+
+
+def test_one_worker_is_this_process_and_two_are_others():
+    assert set(in_order(process_number, range(5), 1)) == {os.getpid()}
+    others = set(in_order(process_number, range(20), 2))
+    assert os.getpid() not in others and len(others) <= 2
+
+
+def test_tasks_are_taken_only_as_far_ahead_as_results_may_wait():
+    taken = []
+    results = in_order(stall_at_first, (taken.append(i) or i for i in range(1000)), 2)
+    assert next(results) == 0
+    assert len(taken) <= 2 * AHEAD
+    results.close()
+    assert children() == []
+
+
+def test_a_fault_of_the_user_comes_as_it_was_raised():
+    with pytest.raises(UserError, match=r"^three is not allowed; take four$"):
+        list(in_order(refuse_three, range(10), 2))
+    assert children() == []
+
+
+def test_any_other_exception_comes_with_its_traceback_and_task():
+    with pytest.raises(RuntimeError, match=r"(?s)in a worker, at 0:.*divide_by_zero.*ZeroDivisionError"):
+        list(in_order(divide_by_zero, range(3), 2))
+    assert children() == []
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [
+        (die_at_three, r"worker \d \(process \d+\) was killed by SIGKILL at 3; if memory ran out, lower hardware\."),
+        (leave_at_three, r"worker \d \(process \d+\) ended with status 7 at 3; run dvc repro again"),
+    ],
+)
+def test_a_worker_that_dies_is_named_with_its_task(function, message):
+    with pytest.raises(UserError, match=message):
+        list(in_order(function, range(50), 2))
+    assert children() == []
+
+
+def test_closing_early_leaves_no_process():
+    with closing(in_order(double_late, range(1000), 2)) as results:
+        assert next(results) == 0
+        assert len(children()) == 2
+    assert children() == []
+
+
+def test_workers_die_with_their_parent():
+    script = (
+        "import time; from gpt2.pipeline.workers import in_order; from tests.pipeline.test_workers import double\n"
+        "for result in in_order(double, range(10**9), 2):\n"
+        "    print(result, flush=True); time.sleep(0.01)"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    with subprocess.Popen([sys.executable, "-c", script], env=env, stdout=subprocess.PIPE) as parent:
+        parent.stdout.readline()
+        family = psutil.Process(parent.pid).children(recursive=True)
+        assert len(family) >= 2
+        parent.kill()
+        parent.wait()
+        _, alive = psutil.wait_procs(family, timeout=20)
+        assert alive == []

@@ -1,0 +1,491 @@
+import csv
+import math
+
+import numpy as np
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from gpt2.data.shards import TokenSet
+from gpt2.data.windows import spread_windows
+from gpt2.heads.similarity import Head, list_heads
+from gpt2.model import flops as costs
+from gpt2.model.config import GPTConfig
+from gpt2.model.evaluate import mean_loss
+from gpt2.model.gpt import GPT
+from gpt2.model.weights import load_model, save_model
+from gpt2.pipeline import params
+from gpt2.pipeline.files import UserError, read_json
+from gpt2.prune import criteria, frontier
+from gpt2.prune.criteria import ONE_SHOT, mask_heads, order_by_redundancy, order_by_score
+from gpt2.prune.frontier import Column, Evaluator, Frontier
+from gpt2.prune.remove import PruneConfig, count_removals, remove_heads
+from gpt2.prune.repair import gather_calibration, remove_and_repair
+from gpt2.prune.similarity_orders import SIMILAR_ORDERS
+from gpt2.report import measures
+from stages import head_similarity
+from stages import prune as prune_stage
+from tests.analysed import BLOCK_SIZE, SECTIONS, make_model, make_windows, prepare_folder, read_outputs
+
+# One head of the first layer, all of the second, none of the third.
+REMOVED = [Head(0, 2), *(Head(1, index) for index in range(4))]
+
+
+def make_masks(model: GPT, removed: list[Head]) -> list[torch.Tensor]:
+    masks = [torch.ones(n_head) for n_head in model.config.layer_heads]
+    for head in removed:
+        masks[head.layer][head.index] = 0
+    return masks
+
+
+@torch.no_grad()
+def masked_logits(model: GPT, idx: torch.Tensor, removed: list[Head]) -> torch.Tensor:
+    with mask_heads(model, make_masks(model, removed)):
+        return model(idx)
+
+
+@pytest.fixture
+def windows() -> torch.Tensor:
+    return make_windows(5)
+
+
+@pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
+@pytest.mark.parametrize("removed", [[Head(2, 0)], REMOVED, [*REMOVED, Head(0, 0), Head(0, 1), Head(2, 3)]], ids=len)
+def test_pruned_model_equals_masked_model(norm, removed, windows):
+    model = make_model(norm)
+    pruned = remove_heads(model, removed)
+    assert sum(pruned.config.layer_heads) == 12 - len(removed)
+    with torch.no_grad():
+        found = pruned(windows[:, :-1])
+    # Logits are of order 1 to 10; sums over fewer channels round differently in fp32.
+    torch.testing.assert_close(found, masked_logits(model, windows[:, :-1], removed), rtol=0, atol=2e-5)
+    assert (found - model(windows[:, :-1])).abs().max() > 1e-3
+
+
+def test_mask_of_ones_changes_no_bit(windows):
+    model = make_model()
+    assert torch.equal(masked_logits(model, windows[:, :-1], []), model(windows[:, :-1]))
+
+
+def test_masking_equals_zeroing_columns_of_c_proj(windows):
+    model = make_model()
+    masked = masked_logits(model, windows[:, :-1], REMOVED)
+    for head in REMOVED:
+        model.h[head.layer].attn.c_proj.weight.data.unflatten(1, (4, 8))[:, head.index] = 0
+    torch.testing.assert_close(masked, model(windows[:, :-1]), rtol=0, atol=2e-5)
+
+
+def test_masks_are_gone_after_the_block(windows):
+    model = make_model()
+    before = model(windows[:, :-1])
+    masked = masked_logits(model, windows[:, :-1], REMOVED)
+    assert not torch.equal(before, masked)
+    assert torch.equal(before, model(windows[:, :-1]))
+
+
+def test_removal_leaves_the_model_as_it_was(windows):
+    model = make_model()
+    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    pruned = remove_heads(model, REMOVED)
+    for parameter in pruned.parameters():
+        parameter.data.zero_()
+    assert model.config.heads is None
+    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+
+
+def test_removing_nothing_gives_the_whole_model(windows):
+    model = make_model()
+    same = remove_heads(model, [])
+    assert same.config == model.config
+    assert torch.equal(same(windows[:, :-1]), model(windows[:, :-1]))
+
+
+def test_pruned_model_survives_the_disk(tmp_path, windows):
+    pruned = remove_heads(make_model("deepnorm"), REMOVED)
+    save_model(pruned, tmp_path)
+    loaded = load_model(tmp_path)
+    assert loaded.config.heads == (3, 0, 4)
+    assert torch.equal(loaded(windows[:, :-1]), pruned(windows[:, :-1]))
+    assert not loaded.training and not any(module.training for module in pruned.modules())
+
+
+def test_refuses_to_remove_all_heads():
+    model = make_model()
+    with pytest.raises(UserError, match="12 of 12 heads: a model must keep one"):
+        remove_heads(model, list_heads(model.config))
+
+
+@pytest.mark.parametrize("head", [Head(0, 4), Head(3, 0), Head(-1, 0)])
+def test_refuses_to_remove_a_head_that_is_not_there(head):
+    with pytest.raises(UserError, match=rf"removed=\[\({head.layer}, {head.index}\)\]: the model has no such"):
+        remove_heads(make_model(), [head])
+
+
+def test_refuses_to_prune_twice():
+    pruned = remove_heads(make_model(), REMOVED)
+    with pytest.raises(UserError, match=r"already pruned, heads=\[3, 0, 4\]"):
+        remove_heads(pruned, [Head(0, 0)])
+    with pytest.raises(UserError, match="already pruned"):
+        count_removals(pruned, [0.5])
+
+
+def test_counts_hold_the_whole_model_the_claim_and_each_share_once():
+    # 15 % of 12 heads are 1.8; so are 0.16.
+    assert count_removals(make_model(), [0.5, 0.16, 0.75]) == [0, 2, 6, 9]
+
+
+@pytest.mark.parametrize("share", [0.01, 0.99])
+def test_refuses_shares_of_no_head_or_all(share):
+    with pytest.raises(UserError, match=rf"prune\.shares contains {share}, which is (0|12) of 12 heads"):
+        count_removals(make_model(), [0.5, share])
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "named"),
+    [
+        ("shares", [0.5, 1.0], r"tiny.prune.shares.1 = 1.0"),
+        ("shares", [0.0], r"tiny.prune.shares.0 = 0.0"),
+        ("shares", [], r"tiny.prune.shares = \[\]"),
+        ("shares", [0.5, 0.5], r"shares=\[0.5, 0.5\] must not repeat"),
+        ("random_seeds", [1, 1], r"random_seeds=\[1, 1\] must not repeat"),
+        ("random_seeds", [], r"tiny.prune.random_seeds = \[\]"),
+        ("limit_percent", 0, r"tiny.prune.limit_percent = 0"),
+        ("eval_tokens", -5, r"tiny.prune.eval_tokens = -5"),
+        ("calibration_tokens", 0, r"tiny.prune.calibration_tokens = 0"),
+        ("random_sets", 0, r"tiny.prune.random_sets = 0"),
+        ("greedy_tokens", 0, r"tiny.prune.greedy_tokens = 0"),
+        ("shares", [-0.1], r"tiny.prune.shares.0 = -0.1"),
+        ("shares", [1.5], r"tiny.prune.shares.0 = 1.5"),
+        ("shares", [float("nan")], r"tiny.prune.shares.0 = nan"),
+        ("ridge", 0, r"tiny.prune.ridge = 0"),
+    ],
+)
+def test_refuses_parameters_by_name(key, value, named):
+    with pytest.raises(UserError, match=named):
+        params.build(PruneConfig, {**SECTIONS["prune"], key: value}, "tiny.prune")
+
+
+def test_redundancy_takes_the_head_that_is_more_like_the_others():
+    heads = [Head(0, 0), Head(0, 1), Head(0, 2), Head(1, 0), Head(1, 1)]
+    similarity = np.eye(5)
+    for (i, j), value in {(0, 1): 0.9, (0, 2): 0.1, (1, 2): 0.6, (3, 4): 0.8, (2, 3): 0.99, (0, 4): 0.3}.items():
+        similarity[i, j] = similarity[j, i] = value
+    # 0-1 is the closest pair of a layer, and 1 is the closer to 2. Then 3-4, a tie: the later. Then 0-2, a tie.
+    # One head a layer is left: 0 and 3.
+    expected = [Head(0, 1), Head(1, 1), Head(0, 2), Head(1, 0), Head(0, 0)]
+    assert order_by_redundancy(similarity, heads) == expected
+
+
+def test_redundancy_keeps_a_head_in_each_layer_while_pairs_are_left():
+    generator = np.random.default_rng(0)
+    heads = list_heads(make_model().config)
+    random = generator.uniform(-1, 1, (12, 12))
+    order = order_by_redundancy((random + random.T) / 2, heads)
+    assert sorted(order) == heads
+    assert {head.layer for head in order[9:]} == {0, 1, 2}
+
+
+def test_taylor_equals_finite_differences(windows):
+    model = make_model()
+    found = criteria.score_taylor(model, windows, batch_size=2)
+    exact = make_model().double()
+
+    def window_losses(head: Head, mask: float) -> torch.Tensor:
+        masks = [mask_row.double() for mask_row in make_masks(exact, [])]
+        masks[head.layer][head.index] = mask
+        with torch.no_grad(), mask_heads(exact, masks):
+            logits = exact(windows[:, :-1])
+        return F.cross_entropy(logits.transpose(1, 2), windows[:, 1:], reduction="none").mean(1)
+
+    step = 1e-4
+    for layer, scores in enumerate(found):
+        slopes = [
+            (window_losses(Head(layer, h), 1 + step) - window_losses(Head(layer, h), 1 - step)) / (2 * step)
+            for h in range(4)
+        ]
+        expected = torch.stack([slope.abs().mean() for slope in slopes])
+        torch.testing.assert_close(scores, expected / expected.norm(), rtol=1e-3, atol=1e-5)
+        assert scores.norm() == pytest.approx(1)
+
+
+def test_taylor_does_not_depend_on_the_batch_size_and_leaves_no_gradients(windows):
+    model = make_model("postln")
+    one, all_at_once = (criteria.score_taylor(model, windows, batch_size) for batch_size in (1, 5))
+    torch.testing.assert_close(one, all_at_once, rtol=1e-4, atol=1e-6)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+def test_magnitude_is_the_norm_of_all_weights_of_a_head():
+    model = make_model()
+    attn = model.h[1].attn
+    rows = [attn.c_attn.weight[part * 32 + 2 * 8 : part * 32 + 3 * 8].flatten() for part in range(3)]
+    expected = torch.cat([*rows, attn.c_proj.weight[:, 16:24].flatten()]).norm()
+    assert criteria.score_magnitude(model)[1][2].item() == pytest.approx(expected.item(), rel=1e-6)
+
+
+def test_a_head_without_effect_goes_first(windows):
+    model = make_model()
+    attn = model.h[2].attn
+    attn.c_proj.weight.data[:, 8:16] = 0
+    assert order_by_score(criteria.score_taylor(model, windows, 5))[0] == Head(2, 1)
+    assert order_by_score(criteria.score_magnitude(model))[0] == Head(2, 1)
+
+
+def test_equal_scores_go_by_position():
+    scores = [torch.tensor([1.0, 0.5]), torch.tensor([0.5, 1.0])]
+    assert order_by_score(scores) == [Head(0, 1), Head(1, 0), Head(0, 0), Head(1, 1)]
+
+
+def test_every_criterion_orders_all_heads(windows):
+    model = make_model()
+    orders = criteria.rank_heads(model, np.eye(12), criteria.score_taylor(model, windows, 5), seeds=[0, 1, 0])
+    assert tuple(orders) == ONE_SHOT
+    for ranked in orders.values():
+        assert all(sorted(order) == list_heads(model.config) for order in ranked)
+    first, second, again = orders["random"]
+    assert first == again != second
+
+
+def make_orders(model: GPT, windows: torch.Tensor) -> dict[str, list]:
+    """An order by each criterion of COLUMNS; the iterative ones are those of other criteria here."""
+    orders = criteria.rank_heads(model, np.eye(12), criteria.score_taylor(model, windows, 5), seeds=[0, 1, 2])
+    return orders | {"taylor_iterative": orders["magnitude"], "loss": orders["taylor"]}
+
+
+def test_frontier_is_the_perplexity_of_the_pruned_models(windows):
+    model = make_model()
+    orders = make_orders(model, windows)
+    calibration = gather_calibration(model, make_windows(20, seed=6), 5, 1e-3, np.eye(12))
+    measured = frontier.measure_frontier(Evaluator(model, calibration, windows, 5), orders, [0, 2, 6])
+    assert list(measured.losses) == [column.name for column in frontier.COLUMNS]
+
+    def perplexity(pruned: GPT):
+        return pytest.approx(math.exp(mean_loss(pruned, windows, 5)), rel=1e-12)
+
+    assert all(values[0] == perplexity(model) for values in measured.perplexity.values())
+    assert measured.perplexity["magnitude"][2] == perplexity(remove_heads(model, orders["magnitude"][0][:6]))
+    samples = [math.exp(mean_loss(remove_heads(model, order[:2]), windows, 5)) for order in orders["random"]]
+    random = [measured.perplexity[name][1] for name in ("random", "random_low", "random_high")]
+    assert random == [pytest.approx(value) for value in (sum(samples) / 3, min(samples), max(samples))]
+    for column in frontier.COLUMNS[-2:]:
+        repaired = remove_and_repair(model, orders["redundancy"][0][:6], column.repair, calibration)
+        assert measured.perplexity[column.name][2] == perplexity(repaired)
+    refitted = remove_and_repair(model, orders["random"][2][:6], "refit", calibration)
+    found = math.exp(mean_loss(refitted, windows, 5))
+    assert measured.perplexity["random_refit_low"][2] <= found <= measured.perplexity["random_refit_high"][2]
+
+
+def test_a_set_of_heads_is_evaluated_once(windows, monkeypatch):
+    model, passes = make_model(), []
+    calibration = gather_calibration(model, windows, 5, 1e-3, np.eye(12))
+    count = frontier.window_losses
+    monkeypatch.setattr(frontier, "window_losses", lambda *given: passes.append(given) or count(*given))
+    evaluator = Evaluator(model, calibration, windows, 5)
+    heads = list_heads(model.config)
+    for order in (heads[:2], heads[1::-1], [], heads[:3]):
+        for repair in ("none", "refit"):
+            evaluator.losses(order, repair)
+    # The whole model, and two sets with and without repair.
+    assert len(passes) == 5
+    assert evaluator.losses(heads[:2]) is evaluator.losses(heads[1::-1])
+
+
+def make_frontier(**rises: list[float]) -> Frontier:
+    """A frontier of 0, 1, 2 and 3 heads from rises in percent of a perplexity of 100, alike in two windows."""
+    columns = {column.name: [50, 50, 50] for column in frontier.COLUMNS} | rises
+    losses = {
+        name: [np.full((1, 2), math.log(100 + rise)) for rise in (0, *values)] for name, values in columns.items()
+    }
+    return Frontier([0, 1, 2, 3], losses)
+
+
+def test_the_report_reads_every_column():
+    assert sorted(column.name for column in frontier.COLUMNS) == sorted((*measures.CRITERIA, *measures.REPAIRED))
+    assert sorted(measures.CHOSEN_REPAIRED) == sorted(c.name for c in frontier.SELECTABLE if c.repair != "none")
+    assert {column.repair for column in frontier.COLUMNS} == {"none", *measures.REPAIRS}
+    for column in frontier.COLUMNS:
+        criterion, repair = measures.name_pruning(column.name)
+        assert (criterion, repair) == (column.criterion, measures.REPAIRS.get(column.repair, "none"))
+
+
+ORDERS = {
+    name: [[Head(layer, i) for layer in range(4)]]
+    for i, name in enumerate(dict.fromkeys(column.criterion for column in frontier.COLUMNS))
+}
+
+
+def test_rise_and_most_removed():
+    measured = make_frontier(taylor=[6, 4, 5.001])
+    assert measured.rise_percent("taylor", 1) == pytest.approx(6)
+    # The largest below the limit counts, whatever a smaller one costs.
+    assert measured.most_removed("taylor", 5.0) == 2
+    assert measured.most_removed("taylor", measured.rise_percent("taylor", 2)) == 0
+    assert measured.most_removed("magnitude", 5.0) == 0
+
+
+def test_the_range_of_several_orders_stands_beside_their_mean():
+    losses = [np.zeros((2, 3)), np.log([[1.1] * 3, [1.5] * 3])]
+    measured = Frontier([0, 4], {"random": losses})
+    assert {name: values[1] for name, values in measured.perplexity.items()} == {
+        "random": pytest.approx(1.3),
+        "random_low": pytest.approx(1.1),
+        "random_high": pytest.approx(1.5),
+    }
+    assert measured.rise_percent("random_high", 4) == pytest.approx(50)
+
+
+def test_intervals_stand_for_every_column_and_count(windows):
+    model = make_model()
+    calibration = gather_calibration(model, windows, 5, 1e-3, np.eye(12))
+    columns = [Column("magnitude", "none"), Column("random", "none")]
+    measured = frontier.measure_frontier(
+        Evaluator(model, calibration, windows, 5), make_orders(model, windows), [0, 2, 6], columns
+    )
+    header, rows = frontier.tabulate_intervals(measured)
+    assert header == ["column", "heads_removed", "rise_percent", "low", "high"]
+    assert [row[:2] for row in rows] == [[column.name, count] for column in columns for count in (2, 6)]
+    assert all(low < rise < high for _, _, rise, low, high in rows)
+
+
+@pytest.mark.parametrize(
+    ("rises", "name", "n_removed"),
+    [
+        ({"redundancy": [1, 2, 9], "taylor": [1, 2, 3]}, "taylor", 3),
+        ({"redundancy": [1, 2, 9], "magnitude": [3, 1, 9]}, "magnitude", 2),
+        ({"taylor": [1, 2, 9], "taylor_refit": [1, 1, 4]}, "taylor_refit", 3),
+        ({"redundancy": [1, 9, 9], "random": [-9, -9, -9], "random_refit": [-9, -9, -9]}, "redundancy", 1),
+        ({}, "redundancy", 0),
+    ],
+    ids=["more heads win", "then lower perplexity", "repairs count", "random decides nothing", "none qualifies"],
+)
+def test_choice_of_the_saved_model(rises, name, n_removed):
+    chosen, removed = frontier.choose_removed(make_frontier(**rises), ORDERS, limit_percent=5.0)
+    assert (chosen.name, removed) == (name, ORDERS[chosen.criterion][0][:n_removed])
+
+
+def test_costs_count_what_the_pruned_model_has():
+    model = make_model()
+    pruned = remove_heads(model, REMOVED)
+    config = model.config
+    assert pruned.n_params() == model.n_params() - len(REMOVED) * costs.params_per_head(config)
+    products = [module.weight.numel() for module in pruned.modules() if isinstance(module, nn.Linear)]
+    weights = sum(products) + config.vocab_size * config.n_embd
+    attention = 4 * 7 * config.head_dim * config.block_size
+    assert costs.flops_per_token(config, 7) == 2 * weights + attention
+
+
+def test_costs_of_gpt2():
+    config = GPTConfig(n_layer=12, n_head=12, n_embd=768, block_size=1024, vocab_size=50257, norm="preln")
+    # Keys and values of 12 layers of 768 channels in two bytes.
+    assert costs.kv_cache_bytes_per_token(144, config.head_dim) == 12 * 2 * 768 * 2
+    # 22 heads are 15 % of the heads, but 3.5 % of the parameters.
+    assert 22 * costs.params_per_head(config) / 124_439_808 == pytest.approx(0.035, abs=5e-4)
+
+
+def run_stages(folder, monkeypatch, model: GPT, **changed: dict) -> None:
+    monkeypatch.chdir(folder)
+    prepare_folder(folder, model, **changed)
+    head_similarity.main()
+    prune_stage.main()
+
+
+def test_stage_is_reproducible_bit_for_bit(tmp_path, monkeypatch):
+    model = make_model()
+    run_stages(tmp_path, monkeypatch, model, prune={"limit_percent": 1000.0})
+    first = read_outputs(tmp_path)
+    prune_stage.main()
+    assert read_outputs(tmp_path) == first
+    figures = read_json(tmp_path / "metrics" / "prune.json")
+    assert figures["heads_removed_at_15"] == 2
+    assert all(
+        f"{prefix}{key}" in figures
+        for prefix in ("", *(f"{column.name}_" for column in frontier.COLUMNS if column.name != "redundancy"))
+        for key in ("perplexity_rise_percent_at_15", "max_pruned_percent_below_5")
+    )
+    with open(tmp_path / "plots" / "prune" / "heads.csv") as file:
+        assert len(list(csv.DictReader(file))) == 12
+    assert -1 <= figures["similarity_rank_correlation"] <= 1
+    # The limit lets every share pass; half of the heads is the largest.
+    pruned = load_model(tmp_path / "models" / "pruned")
+    assert sum(pruned.config.layer_heads) == 12 - figures["pruned_heads"] == 6
+    assert pruned.n_params() == figures["pruned_params"]
+    assert sum(figures[f"pruned_by_{column.name}"] for column in frontier.SELECTABLE) == 1
+    assert figures["calibration_tokens"] == 288
+    with open(tmp_path / "plots" / "prune" / "frontier.csv") as file:
+        rows = list(csv.DictReader(file))
+    assert [int(row["heads_removed"]) for row in rows] == [0, 1, 2, 6]
+    assert float(rows[0]["redundancy"]) == figures["baseline_perplexity"]
+    rise = 100 * (float(rows[2]["taylor"]) / figures["baseline_perplexity"] - 1)
+    assert figures["taylor_perplexity_rise_percent_at_15"] == pytest.approx(rise, abs=1e-4)
+    assert -1 <= figures["pruned_hellaswag_acc_norm_difference"] <= 1 and figures["random_sets"] == 3
+    assert figures["greedy_tokens"] == 48
+    for key in ("", "similarity_qk_"):
+        low, rise, high = (figures[f"{key}perplexity_rise_percent_at_15{end}"] for end in ("_low", "", "_high"))
+        assert low < rise < high
+        assert 0 <= figures[f"{key}cheaper_random_sets_at_15"] <= 3
+    with open(tmp_path / "plots" / "prune" / "intervals.csv") as file:
+        assert len(list(csv.DictReader(file))) == 3 * len(frontier.COLUMNS)
+    with open(tmp_path / "plots" / "prune" / "similarities.csv") as file:
+        assert (
+            {row["order"] for row in csv.DictReader(file)}
+            == {"redundancy", *SIMILAR_ORDERS}
+            == {*measures.SIMILARITIES}
+        )
+    models = ["pruned", *(f"heads_removed_{count}" for count in (0, 1, 2, 6))]
+    timed = read_json(tmp_path / "metrics" / "speed" / "prune.json")
+    assert timed.keys() >= {f"{name}_{rate}" for name in models for rate in measures.PRUNED_RATES}
+
+
+def test_stage_saves_the_whole_model_when_no_share_qualifies(tmp_path, monkeypatch):
+    # The model knows the test tokens by heart, so that each head it loses costs something.
+    model = make_model()
+    prepare_folder(tmp_path, model, prune={"limit_percent": 1e-6})
+    learned = spread_windows(TokenSet(tmp_path / "data" / "tokens", "test"), BLOCK_SIZE, 200)
+    optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
+    for _ in range(60):
+        optimizer.zero_grad()
+        model(learned[:, :-1], learned[:, 1:]).backward()
+        optimizer.step()
+    save_model(model, tmp_path / "models" / "gpt2")
+    monkeypatch.chdir(tmp_path)
+    head_similarity.main()
+    prune_stage.main()
+    figures = read_json(tmp_path / "metrics" / "prune.json")
+    assert figures["perplexity_rise_percent_at_15"] > 1
+    assert (figures["pruned_heads"], figures["pruned_perplexity"]) == (0, figures["baseline_perplexity"])
+    assert {figures[f"pruned_by_{column.name}"] for column in frontier.SELECTABLE} == {0}
+    saved = load_model(tmp_path / "models" / "pruned")
+    assert saved.config == model.config
+    assert torch.equal(saved(learned[:, :-1]), load_model(tmp_path / "models" / "gpt2")(learned[:, :-1]))
+
+
+def test_stage_trains_the_pruned_model_if_asked(tmp_path, monkeypatch):
+    model = make_model()
+    run_stages(tmp_path, monkeypatch, model, prune={"limit_percent": 1000.0, "recovery_steps": 3})
+    figures = read_json(tmp_path / "metrics" / "prune.json")
+    saved = load_model(tmp_path / "models" / "pruned")
+    windows = spread_windows(TokenSet(tmp_path / "data" / "tokens", "test"), BLOCK_SIZE, 200)
+    assert figures["pruned_perplexity"] == pytest.approx(math.exp(mean_loss(saved, windows, 3)), abs=1e-5)
+    assert figures["pruned_perplexity"] != figures["pruned_perplexity_before_recovery"]
+    assert (figures["recovery_steps"], figures["pruned_heads"]) == (3, 6)
+
+
+@pytest.mark.parametrize(
+    ("key", "split"),
+    [
+        ("scoring_tokens", "val"),
+        ("greedy_tokens", "val"),
+        ("eval_tokens", "test"),
+        ("calibration_tokens", "train"),
+    ],
+)
+def test_stage_refuses_too_few_tokens(key, split, tmp_path, monkeypatch):
+    message = f"prune: data/tokens/{split} has 500 tokens, 20 windows of 24; 1000 tokens, 41 windows, were asked for"
+    with pytest.raises(SystemExit, match=message):
+        run_stages(tmp_path, monkeypatch, make_model(), prune={key: 1000})
+
+
+def test_stage_refuses_a_pruned_model(tmp_path, monkeypatch):
+    with pytest.raises(SystemExit, match=r"prune: the model is already pruned, heads=\[3, 0, 4\]"):
+        run_stages(tmp_path, monkeypatch, remove_heads(make_model(), REMOVED))

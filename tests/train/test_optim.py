@@ -1,0 +1,135 @@
+"""Matrices decay, vectors do not, each once; the learning rate is the hand-drawn curve."""
+
+import math
+
+import pytest
+import torch
+from pydantic import ValidationError
+
+from gpt2.train.optim import OptimConfig, build_optimizer, decay_groups, lr_at
+from tests.analysed import make_model, make_windows
+
+DECAY = 0.25
+
+
+def make_config(**changed) -> OptimConfig:
+    values = {"beta1": 0.8, "beta2": 0.9, "weight_decay": DECAY, "grad_clip": 1.0}
+    schedule = {"max_steps": 12, "max_lr": 1.0, "min_lr": 0.1, "warmup_steps": 4}
+    return OptimConfig(**{**values, **schedule, **changed})
+
+
+@pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
+def test_every_parameter_is_in_the_one_group_of_its_kind(norm):
+    model = make_model(norm)
+    decayed, plain = decay_groups(list(model.parameters()), DECAY)
+    assert (decayed["weight_decay"], plain["weight_decay"]) == (DECAY, 0.0)
+    found = [id(parameter) for group in (decayed, plain) for parameter in group["params"]]
+    assert sorted(found) == sorted(id(parameter) for parameter in model.parameters())
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    for parameter in decayed["params"]:
+        assert names[id(parameter)].endswith("weight") and "ln_" not in names[id(parameter)]
+    for parameter in plain["params"]:
+        assert names[id(parameter)].endswith("bias") or "ln_" in names[id(parameter)]
+
+
+def test_the_first_step_is_that_of_adamw():
+    model, windows = make_model(), make_windows(2)
+    optimizer = build_optimizer(model, make_config(max_lr=0.01, min_lr=0.0))
+    model(windows[:, :-1], windows[:, 1:]).backward()
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    optimizer.step()
+    for name, parameter in model.named_parameters():
+        # Corrected for their start at zero, both averages equal the first gradient: a step of lr × sign.
+        gradient = parameter.grad
+        decay = DECAY if parameter.dim() == 2 else 0.0
+        expected = before[name] * (1 - 0.01 * decay) - 0.01 * gradient / (gradient.abs() + 1e-8)
+        torch.testing.assert_close(parameter.detach(), expected, rtol=1e-5, atol=1e-6)
+    assert {group["betas"] for group in optimizer.param_groups} == {(0.8, 0.9)}
+
+
+def test_muon_has_the_matrices_of_the_blocks_and_adamw_the_rest():
+    model, windows = make_model(), make_windows(2)
+    optimizer = build_optimizer(model, make_config(optimizer="muon", max_lr=0.01, min_lr=0.0))
+    model(windows[:, :-1], windows[:, 1:]).backward()
+    optimizer.step()
+    names = {id(parameter): name for name, parameter in model.named_parameters()}
+    grouped = [id(parameter) for group in optimizer.param_groups for parameter in group["params"]]
+    assert sorted(grouped) == sorted(names)
+    by_muon = {names[id(p)] for p, state in optimizer.state.items() if state.keys() == {"momentum_buffer"}}
+    matrices = ("attn.c_attn", "attn.c_proj", "mlp.c_fc", "mlp.c_proj")
+    assert by_muon == {f"h.{layer}.{name}.weight" for layer in range(len(model.h)) for name in matrices}
+    assert len(optimizer.state) == len(names)
+
+
+def test_the_first_step_of_muon_is_the_orthogonal_factor_of_the_gradient():
+    model, windows = make_model(), make_windows(2)
+    optimizer = build_optimizer(model, make_config(optimizer="muon", max_lr=0.01, min_lr=0.0))
+    model(windows[:, :-1], windows[:, 1:]).backward()
+    weight = model.h[0].mlp.c_fc.weight
+    before, gradient = weight.detach().clone(), weight.grad.clone()
+    optimizer.step()
+    U, _, V = torch.linalg.svd(gradient, full_matrices=False)
+    scale = 0.01 * 0.2 * math.sqrt(max(weight.shape))
+    step = (before * (1 - 0.01 * DECAY) - weight.detach()) / scale
+    # Five iterations bring the singular values near 1, not to it.
+    singular = torch.linalg.svdvals(step)
+    assert singular.max() < 1.3 and singular.median() > 0.6
+    cosine = torch.nn.functional.cosine_similarity(step.flatten(), (U @ V).flatten(), dim=0)
+    assert cosine > 0.9
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_gradients_are_dropped_for_every_parameter(optimizer):
+    model, windows = make_model(), make_windows(2)
+    built = build_optimizer(model, make_config(optimizer=optimizer))
+    model(windows[:, :-1], windows[:, 1:]).backward()
+    built.zero_grad(set_to_none=True)
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize(
+    ("step", "lr"),
+    [
+        (0, 0.25),
+        (1, 0.5),
+        (3, 1.0),
+        (4, 1.0),
+        (6, 0.1 + 0.9 * (1 + math.sqrt(0.5)) / 2),
+        (8, 0.55),
+        (10, 0.1 + 0.9 * (1 - math.sqrt(0.5)) / 2),
+        (12, 0.1),
+    ],
+)
+def test_the_learning_rate_rises_in_a_line_and_falls_in_a_cosine(step, lr):
+    assert lr_at(step, make_config()) == pytest.approx(lr, rel=1e-12)
+
+
+def test_without_warm_up_the_first_step_has_the_highest_rate_and_none_is_below_the_lowest():
+    config = make_config(warmup_steps=0)
+    rates = [lr_at(step, config) for step in range(12)]
+    assert rates[0] == 1.0
+    assert rates == sorted(rates, reverse=True)
+    assert min(rates) > 0.1
+
+
+def test_a_constant_rate_is_possible():
+    config = make_config(warmup_steps=0, min_lr=1.0)
+    assert {lr_at(step, config) for step in range(12)} == {1.0}
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"min_lr": 2.0}, r"min_lr=2.0 must not exceed max_lr=1.0; lower min_lr"),
+        ({"warmup_steps": 12}, "warmup_steps=12 must be less than max_steps=12; shorten the warm-up"),
+        ({"max_lr": 0.0}, "max_lr"),
+        ({"beta1": 1.0}, "beta1"),
+        ({"beta2": 0.0}, "beta2"),
+        ({"weight_decay": -0.1}, "weight_decay"),
+        ({"grad_clip": 0.0}, "grad_clip"),
+        ({"max_steps": 0}, "max_steps"),
+    ],
+)
+def test_a_schedule_that_cannot_be_is_refused_by_name(changed, message):
+    with pytest.raises(ValidationError, match=message):
+        make_config(**changed)
