@@ -22,14 +22,15 @@ repro: setup  ## the whole pipeline at the scale of params.yaml
 	dvc repro
 	@$(MAKE) --no-print-directory dvc.lock.processor.json
 
-# The bits of the results depend on the processor, so its kind is recorded beside the lock.
+# The bits of the results depend on the processor, so its kind is recorded next to the lock.
 dvc.lock.processor.json: dvc.lock
 	python -m tools.verify --record
 	@touch $@
 
-lint: setup  ## style and format of the code
+lint: setup  ## style, format and types of the code
 	ruff check .
 	ruff format --check .
+	mypy
 
 test: setup  ## the test suite, a file of it to a process
 	python -m pytest --numprocesses logical --maxprocesses 8 --dist loadfile

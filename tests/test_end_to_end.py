@@ -185,7 +185,7 @@ def test_nothing_else_is_written(finished):
 @pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_opens_no_file_that_it_does_not_declare(finished, opened, stage):
     declared = {*data_deps(stage), *written(stage), "params.yaml", ".scratch", "source"}
-    # A file is written under a hidden temporary name beside its own.
+    # A file is written under a hidden temporary name next to it.
     plain = {re.sub(r"(^|/)\.([^/]+?)(\.\d+)?\.tmp", r"\1\2", path) for path in opened.paths[stage]}
     assert "params.yaml" in plain
     assert {path for path in plain if not any(lies_in(path, place) for place in declared)} == set()

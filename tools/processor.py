@@ -7,6 +7,7 @@ program adds in another order elsewhere.
 import os
 import platform
 import subprocess
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -53,7 +54,8 @@ def describe_processor(cpuinfo: Path = CPUINFO) -> dict[str, str]:
 def read_cpuinfo(path: Path) -> dict[str, str]:
     """Vendor, family, model and flags of the first processor listed."""
     first = path.read_text(encoding="utf-8").split("\n\n")[0]
-    lines = dict(map(str.strip, line.split(":", 1)) for line in first.splitlines() if ":" in line)
+    pairs = (line.split(":", 1) for line in first.splitlines() if ":" in line)
+    lines = {key.strip(): value.strip() for key, value in pairs}
     named = {**FIELDS, "flags": ("flags", "Features")}
     return {name: lines[key] for name, keys in named.items() for key in keys if key in lines}
 
@@ -66,7 +68,7 @@ def _brand() -> str:
     return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
 
 
-def list_differences(recorded: dict[str, str], here: dict[str, str]) -> list[str]:
+def list_differences(recorded: Mapping[str, str], here: Mapping[str, str]) -> list[str]:
     """`name: here (recorded)` for all that two descriptions do not share."""
     return [
         f"{name}: {here.get(name, 'not set')} (recorded: {recorded.get(name, 'not set')})"

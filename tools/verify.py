@@ -37,7 +37,7 @@ LOCK, RECORD = Path("dvc.lock"), Path("dvc.lock.processor.json")
 
 @dataclass(frozen=True)
 class Run:
-    """The stages of a dvc.lock, and the metrics beside it by file name."""
+    """The stages of a dvc.lock, and its metrics by file name."""
 
     stages: Mapping[str, dict]
     metrics: Mapping[str, Mapping]
@@ -58,7 +58,7 @@ def outputs_of(stages: Mapping[str, dict]) -> list[str]:
 
 
 def record(root: Path) -> bool:
-    """Write the processor beside the lock if the lock's results are not those already recorded; say whether."""
+    """Write the processor next to the lock if the lock's results are not those already recorded; return whether it wrote."""
     found = digest(read_run(root).stages)
     if (root / RECORD).is_file() and read_json(root / RECORD).get("results_sha256") == found:
         return False
@@ -120,7 +120,7 @@ def rebuild(folder: Path) -> None:
 
 
 def judge(recorded: Run, rebuilt: Run, recorded_on: Mapping[str, str], here: Mapping[str, str]) -> tuple[bool, str]:
-    """Whether the rebuilt run stands for the recorded one, and the report: a table of results and a closing verdict."""
+    """Return whether the rebuilt run reproduces the recorded one, and the report: a table of results and a verdict."""
     rows = compare_results(recorded.stages, rebuilt.stages)
     equal = [row for row in rows if row.verdict == "equal"]
     count = f"{len(equal)} of {len(rows)} results are equal bit for bit"
