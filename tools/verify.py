@@ -58,7 +58,7 @@ def outputs_of(stages: Mapping[str, dict]) -> list[str]:
 
 
 def record(root: Path) -> bool:
-    """Write the processor next to the lock if the lock's results are not those already recorded; return whether it wrote."""
+    """Write the processor next to the lock unless the lock's results are already recorded; return whether it wrote."""
     found = digest(read_run(root).stages)
     if (root / RECORD).is_file() and read_json(root / RECORD).get("results_sha256") == found:
         return False
