@@ -25,9 +25,11 @@ from collections.abc import Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 from bench.baseline import ask_for_nanogpt
 from bench.machine import describe_processor, warn_if_busy
+from gpt2.pipeline.command import reporting
 from gpt2.pipeline.files import UserError, write_text
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.params import load, read
@@ -45,18 +47,22 @@ class Row:
     """A training process that runs a few steps whenever asked, and what it reported of them."""
 
     def __init__(self, name: str, launcher: Sequence[str], *arguments: str):
-        self.name, self.tokens_per_s, self.last = name, [], {}
+        self.name = name
+        self.tokens_per_s: list[float] = []
+        self.last: dict[str, Any] = {}
         command = [sys.executable, *launcher, "-m", "bench.train", *arguments]
         self._process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+        assert self._process.stdin and self._process.stdout
+        self._orders, self._answers = self._process.stdin, self._process.stdout
 
-    def run(self, steps: int, limit_seconds: float | None = None) -> dict:
-        """Train so many steps; tokens/s, loss of the last one, and peak memory in GiB so far. Empty past the limit."""
-        self._process.stdin.write(f"{steps}\n")
-        self._process.stdin.flush()
-        if not select.select([self._process.stdout], [], [], limit_seconds)[0]:
+    def run(self, steps: int, limit_seconds: float | None = None) -> dict[str, Any]:
+        """Train `steps` steps; tokens/s, loss of the last one, and peak memory in GiB so far. Empty past the limit."""
+        self._orders.write(f"{steps}\n")
+        self._orders.flush()
+        if not select.select([self._answers], [], [], limit_seconds)[0]:
             self._process.terminate()
             return {}
-        line = self._process.stdout.readline()
+        line = self._answers.readline()
         if not line:
             raise UserError(
                 f"{self.name}: the process ended with status {self._process.wait()}, see its messages above"
@@ -68,13 +74,13 @@ class Row:
         self.tokens_per_s.append(self.run(STEPS)["tokens_per_s"])
 
     def stop(self) -> None:
-        self._process.stdin.close()
+        self._orders.close()
         self._process.wait()
 
 
 def start_rows(nanogpt: Path | None) -> list[Row]:
     """Start every row and let it warm up, one after the other."""
-    wanted = [
+    wanted: list[tuple[str, Sequence[str], Sequence[str]]] = [
         ("this project, 1 process", (), ("ours",)),
         ("this project, torchrun with 2 processes", TORCHRUN, ("ours",)),
         ("transformers GPT2LMHeadModel, eager", (), ("transformers",)),
@@ -151,4 +157,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with reporting("bench"):
+        main(sys.argv[1:])

@@ -1,4 +1,4 @@
-"""The code of others that benchmarks run beside ours."""
+"""The code of others that benchmarks compare ours with."""
 
 import importlib.util
 import sys
@@ -22,6 +22,7 @@ def ask_for_nanogpt(program: str, description: str, argv: Sequence[str]) -> Path
 def import_nanogpt(checkout: Path) -> ModuleType:
     """model.py of a checkout of nanoGPT."""
     spec = importlib.util.spec_from_file_location("nanogpt_model", checkout / "model.py")
+    assert spec and spec.loader
     nanogpt = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = nanogpt
     spec.loader.exec_module(nanogpt)

@@ -22,6 +22,7 @@ from collections.abc import Callable, Sequence
 from datetime import date
 from pathlib import Path
 from statistics import median
+from typing import Any
 
 # Threads that spin while they wait for each other slow a step of the cache tenfold as soon as another process works.
 os.environ["OMP_WAIT_POLICY"] = "PASSIVE"
@@ -35,6 +36,7 @@ from bench.machine import describe_processor, warn_if_busy
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import autocast, setup_device
 from gpt2.model.gpt import GPT
+from gpt2.pipeline.command import reporting
 from gpt2.pipeline.files import write_json, write_text
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.params import load, read
@@ -42,7 +44,7 @@ from gpt2.sampling.sampling import SamplingConfig, draw_tokens
 
 RESULTS = Path("bench/results")
 DEVICES = {"cpu": "CPU", "cuda": "GPU"}
-SHAPE = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
+SHAPE: dict[str, Any] = {"n_layer": 12, "n_head": 12, "n_embd": 768, "block_size": 1024}
 VOCAB_SIZE = 50257
 PROMPT, SEQUENCES, TOKENS, ROUNDS = 8, 5, 500, 3
 # Lengths of the text at which a token of nanoGPT is timed.
@@ -61,7 +63,7 @@ def time_ours(model: GPT, prompt: torch.Tensor) -> float:
     return seconds
 
 
-def time_nanogpt(model: nn.Module, length: int) -> float:
+def time_nanogpt(model: Any, length: int) -> float:
     """Seconds for the next token of all sequences after a text of `length` tokens."""
     device, sampling = model.lm_head.weight.device, SamplingConfig()
     idx = torch.randint(VOCAB_SIZE, (1, length), device=device).expand(SEQUENCES, -1)
@@ -102,7 +104,8 @@ def measure(nanogpt: Path | None) -> dict:
     theirs = build_nanogpt(nanogpt).to(device) if nanogpt else None
     prompt = torch.randint(VOCAB_SIZE, (PROMPT,))
     list(draw_tokens(ours, prompt, SamplingConfig(max_tokens=3, num_seq=SEQUENCES), NEVER))
-    seconds, sampled = [], [(length, []) for length in SAMPLED if theirs]
+    seconds: list[float] = []
+    sampled: list[tuple[int, list[float]]] = [(length, []) for length in SAMPLED if theirs]
     if theirs:
         time_nanogpt(theirs, SAMPLED[0])
     bandwidth = []
@@ -175,4 +178,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with reporting("bench.generate"):
+        main(sys.argv[1:])

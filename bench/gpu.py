@@ -27,7 +27,7 @@ from bench.baseline import import_nanogpt
 from gpt2.data.order import TrainOrder
 from gpt2.data.shards import TokenSet
 from gpt2.model.config import GPTConfig
-from gpt2.pipeline.command import Parser
+from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import read_json, write_json
 from gpt2.pipeline.params import load, read
 from gpt2.train.loop import TrainConfig
@@ -224,4 +224,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with reporting("bench.gpu"):
+        main(sys.argv[1:])

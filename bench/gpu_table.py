@@ -8,6 +8,7 @@ import pandas as pd
 from matplotlib.figure import Figure
 
 from bench.gpu import EXPERIMENTS, LENGTH, SHORT
+from gpt2.pipeline.command import reporting
 from gpt2.pipeline.files import atomic_path, read_json, write_text
 from gpt2.pipeline.params import read
 
@@ -155,4 +156,5 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    with reporting("bench.gpu_table"):
+        main()

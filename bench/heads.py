@@ -1,4 +1,4 @@
-"""Head similarity: the whole study, and its patterns beside transformers' whole attention maps, in one run.
+"""Head similarity: the whole study, and its patterns compared with transformers' whole attention maps, in one run.
 
     python -m bench.heads [TOKENS] [--scale full] [--n_tokens 524288] [--baseline_tokens 16384] [--rounds 3]
 
@@ -15,7 +15,7 @@ take turns, and the fastest round counts, since all else that the machine does c
 The limit is arithmetic, the products that no pass can leave out: in fp32 the model's, without the classifier; in
 float64 queries by keys up to the query's own, and all pairs of heads once, over patterns, outputs and what is written.
 Each kind counts at the rate of the machine's fastest large product of its precision. Nothing is counted for
-exponentials, norms or memory traffic. On a GPU the latter is given beside it: a pattern is written by the product,
+exponentials, norms or memory traffic. On a GPU the latter is given next to it: a pattern is written by the product,
 read and written by the softmax and read by the products of pairs, at the rate at which a large tensor is copied.
 """
 
@@ -40,7 +40,7 @@ from gpt2.heads.similarity import HeadsConfig, compare_heads, cosine
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import setup_device
 from gpt2.model.gpt import GPT
-from gpt2.pipeline.command import Parser
+from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import write_text
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.params import load, read
@@ -98,7 +98,8 @@ def measure_limits(device: torch.device) -> Limits:
         source = torch.empty(COPIED_BYTES, dtype=torch.uint8, device=device)
         into = torch.empty_like(source)
         bandwidth = 2 * COPIED_BYTES / _fastest(lambda: into.copy_(source), device)
-    return Limits(*(2 * PEAK_EDGE[device.type] ** 3 / seconds for seconds in peaks), bandwidth)
+    fp32, fp64 = (2 * PEAK_EDGE[device.type] ** 3 / seconds for seconds in peaks)
+    return Limits(fp32, fp64, bandwidth)
 
 
 def _cube(dtype: torch.dtype, device: torch.device) -> Callable[[], Tensor]:
@@ -220,12 +221,12 @@ def main(argv: Sequence[str]) -> None:
     whole_memory = measure_memory(lambda: compare_with_nulls(model, few, config), device)
     seconds = time_rounds({name: run for name, (run, _) in runs.items()}, options.rounds, device)
     limits, work = measure_limits(device), {name: amount for name, (_, amount) in runs.items()}
-    beside = ""
+    comparison = ""
     if baseline := build_baseline(model):
         plain = time_rounds({BASELINE: lambda: baseline(few), OURS: lambda: patterns(few)}, options.rounds, device)
         memory[BASELINE] = measure_memory(lambda: baseline(few), device)
         difference = abs(baseline(few) - patterns(few)).max()
-        beside = (
+        comparison = (
             f"\n\n{tabulate_baseline(plain, few.numel(), memory)}\n\nBoth measure the cosines of the patterns on text; "
             f"the largest difference between them is {difference:.1e}."
         )
@@ -243,18 +244,19 @@ def main(argv: Sequence[str]) -> None:
         f"--scale {options.scale} --n_tokens {idx.numel()} --baseline_tokens {options.baseline_tokens} "
         f"--rounds {options.rounds}"
     )
-    text = (
+    page = (
         f"# Head similarity: the whole study\n\n{date.today()}, {processor}, torch {torch.__version__}; the "
         f"{model.n_params() / 1e6:.1f}M parameters of the scale {options.scale}, {sum(shape.layer_heads)} heads, "
         f"{idx.numel():,} {source} tokens in windows of {shape.block_size}, {config.batch_size} at a time; the fastest "
         f"of {options.rounds} interleaved rounds after a warm-up.\n\n```\npython -m bench.heads"
         f"{' TOKENS' * bool(options.tokens)} {arguments}\n```\n\n{tabulate(seconds, work, limits)}\n\n"
         f"Limit: products at {limits.fp32 / 1e12:.2f} (fp32) and {limits.fp64 / 1e12:.2f} TFLOP/s (float64), as "
-        f"measured.{traffic} Peak memory of the study: {whole_memory:.2f} GiB.{beside}\n"
+        f"measured.{traffic} Peak memory of the study: {whole_memory:.2f} GiB.{comparison}\n"
     )
-    write_text(RESULTS / f"heads_{device.type}.md", text)
-    print(text)
+    write_text(RESULTS / f"heads_{device.type}.md", page)
+    print(page)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with reporting("bench.heads"):
+        main(sys.argv[1:])

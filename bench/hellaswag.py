@@ -31,7 +31,7 @@ from gpt2.hellaswag.scoring import HellaswagConfig, ItemSequences, evaluate_benc
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import setup_device
 from gpt2.model.gpt import GPT
-from gpt2.pipeline.command import Parser
+from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import write_text
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.params import load, read
@@ -49,7 +49,7 @@ Run = Callable[[], object]
 def choose_one_by_one(model: GPT, items: Sequence[dict], device: torch.device) -> dict[str, list[int]]:
     """The loop: endings chosen by sum and by mean over the tokens of the ending."""
     encode = load_encoding().encode_ordinary
-    chosen = {"acc": [], "acc_norm": []}
+    chosen: dict[str, list[int]] = {"acc": [], "acc_norm": []}
     for item in items:
         context, endings = encode(item["ctx"]), [encode(f" {ending}") for ending in item["endings"]]
         width = len(context) + max(map(len, endings))
@@ -61,14 +61,14 @@ def choose_one_by_one(model: GPT, items: Sequence[dict], device: torch.device) -
         logits, targets = model(tokens)[:, :-1].contiguous(), tokens[:, 1:].contiguous()
         losses = F.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="none").view(ENDINGS, -1)
         sums = (losses * mask[:, 1:]).sum(1)
-        chosen["acc"].append(sums.argmin().item())
-        chosen["acc_norm"].append((sums / mask[:, 1:].sum(1)).argmin().item())
+        chosen["acc"].append(int(sums.argmin()))
+        chosen["acc_norm"].append(int((sums / mask[:, 1:].sum(1)).argmin()))
     return chosen
 
 
 def time_rounds(runs: dict[str, Run], rounds: int, device: torch.device) -> dict[str, float]:
     """Seconds of the fastest round of each run; they take turns, after a warm-up where there are several rounds."""
-    times = {name: [] for name in runs}
+    times: dict[str, list[float]] = {name: [] for name in runs}
     for _ in range(rounds + (rounds > 1)):
         for name, run in runs.items():
             started = time.perf_counter()
@@ -139,7 +139,7 @@ def main(argv: Sequence[str]) -> None:
     def score(benchmark: Benchmark) -> dict[str, list]:
         return evaluate_benchmark(model, benchmark, PROTOCOL, batch_tokens)[1]
 
-    runs = {LOOP: lambda: choose_one_by_one(model, some, device), SCORER: lambda: score(few)}
+    runs: dict[str, Run] = {LOOP: lambda: choose_one_by_one(model, some, device), SCORER: lambda: score(few)}
     fastest = time_rounds(runs, options.rounds, device)
     seconds = {name: (len(some), best) for name, best in fastest.items()}
     seconds[f"{SCORER}, all items"] = (len(items), time_rounds({"all": lambda: score(every)}, 1, device)["all"])
@@ -163,4 +163,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with reporting("bench.hellaswag"):
+        main(sys.argv[1:])

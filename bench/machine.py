@@ -13,7 +13,8 @@ def describe_processor() -> str:
     """Name, and where the system tells them family and model."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    named = dict(map(str.strip, line.split(":", 1)) for line in reversed(lines) if ":" in line)
+    pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)
+    named = {key.strip(): value.strip() for key, value in pairs}
     model = named.get("model name") or platform.processor()
     return model + (f", family {named['cpu family']}, model {named['model']}" if "cpu family" in named else "")
 

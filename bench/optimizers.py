@@ -23,7 +23,7 @@ from gpt2.hellaswag.items import load_benchmark
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import Dist
 from gpt2.model.gpt import GPT
-from gpt2.pipeline.command import Parser
+from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import atomic_path, read_json, write_json, write_text
 from gpt2.pipeline.params import load, read
 from gpt2.train.loop import Evaluation, TrainConfig, fit
@@ -144,4 +144,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with reporting("bench.optimizers"):
+        main(sys.argv[1:])

@@ -32,7 +32,7 @@ from gpt2.model.config import GPTConfig
 from gpt2.model.dist import setup_device
 from gpt2.model.evaluate import mean_loss
 from gpt2.model.gpt import GPT
-from gpt2.pipeline.command import Parser
+from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import write_text
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.params import load, read
@@ -103,7 +103,8 @@ def count_operations(model: GPT, text: Text, orders: dict[str, list[Order]]) -> 
     config, counts, heads = model.config, count_removals(model, SHARES), list_heads(model.config)
     classifier = 2 * config.n_embd * config.vocab_size
     whole = operations_from(config, 0, set()) + classifier
-    search, gone = 0.0, set()
+    search = 0.0
+    gone: set[Head] = set()
     for chosen in orders["loss"][0]:
         left = [head for head in heads if head not in gone]
         search += sum(operations_from(config, tried.layer, gone | {tried}) + classifier for tried in left)
@@ -169,4 +170,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with reporting("bench.prune"):
+        main(sys.argv[1:])

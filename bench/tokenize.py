@@ -41,7 +41,7 @@ import tiktoken
 
 from bench.machine import describe_processor, warn_if_busy
 from gpt2.data.shards import TokenSet
-from gpt2.pipeline.command import Parser
+from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import write_text
 from gpt2.prepare.corpus import SPLITS, Document, new_corpus
 from gpt2.tokenizer.encodings import load_encoding
@@ -165,10 +165,11 @@ def measure(row: str, corpus: Path) -> dict:
                     for child in watched.children(recursive=True):
                         peaks["worker"] = max(peaks["worker"], child.memory_info().rss)
                 time.sleep(1 / SAMPLES)
-            told = process.stdout.read()
+            assert process.stdout
+            printed = process.stdout.read()
     if process.returncode:
         raise SystemExit(f"bench.tokenize: {row} ended with status {process.returncode}, see its messages above")
-    return json.loads(told) | peaks
+    return json.loads(printed) | peaks
 
 
 def count_processes(row: str, cores: int) -> int:
@@ -241,4 +242,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with reporting("bench.tokenize"):
+        main(sys.argv[1:])

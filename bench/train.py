@@ -21,12 +21,12 @@ from gpt2.model.config import GPTConfig
 from gpt2.model.dist import Dist, distributed
 from gpt2.model.flops import training_flops_per_token
 from gpt2.model.gpt import GPT
-from gpt2.pipeline.command import Parser
+from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.params import load, read
 from gpt2.pipeline.stage import peak_memory_gib
 from gpt2.train.loop import Stepper, TrainConfig
-from gpt2.train.optim import build_optimizer, lr_at
+from gpt2.train.optim import Optimizer, build_optimizer, lr_at
 
 Step = Callable[[int], float]
 # Sizes (M, K, N) of the products that look for the machine's peak: a cube, and the classifier's own shapes.
@@ -92,7 +92,7 @@ def train_nanogpt(task: Task, checkout: Path, compiled: bool) -> Step:
 
 
 def _plain_step(
-    task: Task, model: nn.Module, optimizer: torch.optim.Optimizer, loss_of: Callable[[Tensor, Tensor], Tensor]
+    task: Task, model: nn.Module, optimizer: Optimizer, loss_of: Callable[[Tensor, Tensor], Tensor]
 ) -> Step:
     """The step of nanoGPT's train.py on a CPU, over the whole batch at once."""
 
@@ -170,4 +170,5 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with reporting("bench.train"):
+        main(sys.argv[1:])

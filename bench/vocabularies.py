@@ -20,7 +20,7 @@ import tokenizers
 
 from bench.machine import describe_processor, warn_if_busy
 from gpt2.model.config import ModelShape
-from gpt2.pipeline.command import Parser
+from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import write_json, write_text
 from gpt2.pipeline.params import load, read
 from gpt2.prepare.corpus import Document, new_corpus
@@ -57,8 +57,8 @@ def measure(files: Sequence[Path]) -> dict:
     with TemporaryDirectory() as folder:
         corpus = Path(folder, "corpus")
         with new_corpus(corpus) as writers:
-            for i, text in enumerate(read_texts(files)):
-                writers[SPLITS.get(i % 100, "train")].add(Document(text, str(i)))
+            for i, document in enumerate(read_texts(files)):
+                writers[SPLITS.get(i % 100, "train")].add(Document(document, str(i)))
         started = time.perf_counter()
         text = read_study_text(config, vocabulary, corpus)
         seconds["count words"] = time.perf_counter() - started
@@ -111,4 +111,5 @@ def main(argv: Sequence[str]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1:])
+    with reporting("bench.vocabularies"):
+        main(sys.argv[1:])

@@ -96,7 +96,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--model", type=Path, default=Path("models/gpt2"), help="folder of a trained model")
     parser.add_argument("--prompt", default="", help="text to continue; none starts a document")
     for name, info in SamplingConfig.model_fields.items():
-        parser.add_argument(f"--{name}", type=info.annotation, default=info.default, help="default: %(default)s")
+        parser.add_argument(f"--{name}", type=type(info.default), default=info.default, help="default: %(default)s")
     options = vars(parser.parse_args(argv))
     folder, prompt = options.pop("model"), options.pop("prompt")
     try:

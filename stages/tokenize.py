@@ -32,8 +32,8 @@ def main() -> None:
             save_benchmark(benchmark, folder / "hellaswag.npz")
             write_encoding(encoding, folder)
             found = items_in_training(benchmark, TokenSet(folder, "train"), workers)
-            figures |= {"encoding": encoding.name, "benchmark_items": len(benchmark.labels)}
-            write_json(METRICS, figures | {"benchmark_items_in_train": found})
+            of_items = {"benchmark_items": len(benchmark.labels), "benchmark_items_in_train": found}
+            write_json(METRICS, {**figures, "encoding": encoding.name, **of_items})
 
 
 if __name__ == "__main__":

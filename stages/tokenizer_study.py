@@ -1,6 +1,7 @@
 """Stage tokenizer-study: vocabularies of several sizes, and GPT-2's, on words and texts and in short trainings."""
 
 from pathlib import Path
+from typing import Any
 
 from gpt2.model.config import ModelShape
 from gpt2.pipeline.files import write_csv, write_json
@@ -41,7 +42,7 @@ def main() -> None:
         }
         runs = run_vocabularies(runs_config, run_texts, stage.load("hardware", HardwareConfig))
         table = vocabulary_table_rows(runs)
-        tables = {
+        tables: dict[str, list[dict[str, Any]]] = {
             "vocabularies": study.vocabularies, "bands": study.bands, "examples": study.examples,
             "runs": runs, "runs_table": table,
         }  # fmt: skip

@@ -80,8 +80,8 @@ class TrainOrder:
     def batch(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each (count, block_size) int64, of those rows; targets are the next tokens."""
         size = self.block_size
-        rows = [self.tokens.read(int(w) * size, size + 1) for w in self.windows(step, first, count)]
-        rows = torch.from_numpy(np.stack(rows).astype(np.int64))
+        tokens = [self.tokens.read(int(w) * size, size + 1) for w in self.windows(step, first, count)]
+        rows = torch.from_numpy(np.stack(tokens).astype(np.int64))
         return rows[:, :-1], rows[:, 1:]
 
 
@@ -100,8 +100,10 @@ class MicroBatches:
 
     def get(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         """Inputs and targets, each (count, block_size) int64, of one micro-batch."""
-        known = self._ahead is not None and self._ahead[0] == (step, micro_step)
-        idx, targets = self._ahead[1] if known else self._read(step, micro_step)
+        if self._ahead and self._ahead[0] == (step, micro_step):
+            idx, targets = self._ahead[1]
+        else:
+            idx, targets = self._read(step, micro_step)
         return idx.to(self._device, non_blocking=True), targets.to(self._device, non_blocking=True)
 
     def read_ahead(self, step: int, micro_step: int) -> None:
@@ -109,8 +111,9 @@ class MicroBatches:
         if self._device.type == "cuda":
             last = micro_step == self._accumulation - 1
             following = (step + 1, 0) if last else (step, micro_step + 1)
+            idx, targets = self._read(*following)
             # From pages that cannot move and hold it in one piece, the copy to the device waits for nothing.
-            self._ahead = following, tuple(part.contiguous().pin_memory() for part in self._read(*following))
+            self._ahead = following, (idx.contiguous().pin_memory(), targets.contiguous().pin_memory())
 
     def _read(self, step: int, micro_step: int) -> tuple[Tensor, Tensor]:
         return self._order.batch(step, self._first + micro_step * self._count, self._count)

@@ -15,8 +15,8 @@ from collections.abc import Iterable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import asdict, dataclass
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 import numpy as np
 
@@ -82,7 +82,7 @@ class TokenSet:
             part = out[filled : filled + int(self._ends[shard]) - position]
             begin = int(self._ends[shard - 1]) if shard else 0
             # Positioned reads rather than a memory map: the resident set stays flat over many passes.
-            os.preadv(self._files[shard].fileno(), [part], HEADER_BYTES + 2 * (position - begin))
+            os.preadv(self._files[shard].fileno(), [part.data], HEADER_BYTES + 2 * (position - begin))
             filled += len(part)
         return out
 
@@ -234,7 +234,7 @@ def _write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> str:
     header[:4] = MAGIC, VERSION, len(tokens), vocab_size
     digest = hashlib.sha256()
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
-        for part in (header, tokens.astype("<u2", copy=False)):
+        for part in (header.data, tokens.astype("<u2", copy=False).data):
             digest.update(part)
             out.write(part)
     with open(path, "rb") as file:
@@ -242,7 +242,7 @@ def _write_shard(path: Path, tokens: np.ndarray, vocab_size: int) -> str:
     return digest.hexdigest()
 
 
-def _check_digest(file: BinaryIO, expected: str) -> None:
+def _check_digest(file: BufferedReader, expected: str) -> None:
     """Compare the content with its digest, unless this file has passed before."""
     if _mark(file, expected).exists():
         return
@@ -255,7 +255,7 @@ def _check_digest(file: BinaryIO, expected: str) -> None:
     _remember(file, expected)
 
 
-def _remember(file: BinaryIO, digest: str) -> None:
+def _remember(file: BufferedReader, digest: str) -> None:
     """Note that the file has its digest."""
     mark = _mark(file, digest)
     if os.fstat(file.fileno()).st_size >= REMEMBERED_BYTES:
@@ -265,14 +265,14 @@ def _remember(file: BinaryIO, digest: str) -> None:
             mark.touch()
 
 
-def _mark(file: BinaryIO, digest: str) -> Path:
+def _mark(file: BufferedReader, digest: str) -> Path:
     """The empty file that stands for: this file, as it is now, has this digest."""
     stat = os.fstat(file.fileno())
     identity = f"{stat.st_dev} {stat.st_ino} {stat.st_size} {stat.st_mtime_ns} {digest}"
     return scratch_root() / "checked" / hashlib.sha256(identity.encode()).hexdigest()[:32]
 
 
-def _open_shard(path: Path, n_tokens: int, vocabulary: Vocabulary) -> BinaryIO:
+def _open_shard(path: Path, n_tokens: int, vocabulary: Vocabulary) -> BufferedReader:
     if not path.is_file():
         raise UserError(f"{path} is listed in the manifest and absent; {REMEDY}")
     size = path.stat().st_size

@@ -1,7 +1,7 @@
 """Which heads repeat others of their layer: pairs, clusters, and the tables and figures made of them."""
 
 from collections.abc import Mapping, Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import pandas as pd
@@ -123,7 +123,7 @@ def summarise_layers(pairs: Sequence[Pair], threshold: float, null_percentile: f
     for layer in sorted({pair.layer for pair in pairs}):
         here = [pair for pair in pairs if pair.layer == layer]
         clusters = cluster(_above(here, threshold))
-        nulls = {}
+        nulls: dict[str, Any] = {}
         for null in NULLS:
             nulls |= {
                 f"{null}_mean": _mean(here, null),
@@ -142,7 +142,10 @@ def summarise_layers(pairs: Sequence[Pair], threshold: float, null_percentile: f
                 mean_nosink=_mean(here, "nosink"),
                 mean_output=_mean(here, "output"),
                 mean_written=_mean(here, "written"),
-                **{f"{kind}_{name}": of(here, name) for kind, of in _STATISTICS.items() for name in ("qk", "ov")},
+                mean_qk=_mean(here, "qk"),
+                max_qk=_max(here, "qk"),
+                mean_ov=_mean(here, "ov"),
+                max_ov=_max(here, "ov"),
                 **nulls,
             )
         )
@@ -207,8 +210,8 @@ def summarise_pairs(
 
 def correlate_similarities(pairs: Sequence[Pair], first: str, second: str) -> float:
     """Spearman's rank correlation over pairs of two of their cosines; 0 where one does not vary."""
-    ranks = [pd.Series([getattr(pair, field) for pair in pairs]).rank().to_numpy() for field in (first, second)]
-    return float(np.corrcoef(ranks)[0, 1]) if all(map(np.ptp, ranks)) else 0.0
+    a, b = (pd.Series([getattr(pair, field) for pair in pairs]).rank().to_numpy() for field in (first, second))
+    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
 
 
 def tabulate_matrix(config: GPTConfig, matrix: np.ndarray) -> tuple[list[str], list[list]]:

@@ -58,7 +58,7 @@ class Head(NamedTuple):
     """Position of a head, both counted from 0."""
 
     layer: int
-    index: int
+    index: int  # type: ignore[assignment]  # hides tuple.index, which is not used
 
 
 class Captured(NamedTuple):
@@ -174,7 +174,7 @@ def _output_blocks(model: GPT, outputs: list[Tensor]) -> Iterator[tuple[Tensor, 
 
 def _join(layers: Sequence[Tensor]) -> Tensor:
     """What the heads of each layer computed of n tokens, (n, H, D), as (M, n, D) float64."""
-    return torch.cat(layers, dim=1).transpose(0, 1).contiguous().double()
+    return torch.cat([*layers], dim=1).transpose(0, 1).contiguous().double()
 
 
 def _gram(vectors: Tensor) -> Tensor:
@@ -197,7 +197,7 @@ def save_similarities(path: Path, config: GPTConfig, matrices: Mapping[str, np.n
     layer, head = np.array(list_heads(config)).T
     saved = {name: matrices[name] for name in (*SAVED_SIMILARITIES, *(f"{null}_pattern" for null in NULLS))}
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
-        np.savez(out, layer=layer, head=head, **saved)
+        np.savez(out, layer=layer, head=head, **saved)  # type: ignore[arg-type]  # no name is that of its flag
 
 
 def load_similarities(path: Path, config: GPTConfig) -> dict[str, np.ndarray]:

@@ -28,7 +28,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Comparison]:
         raise UserError(f"A has {len(a)} items, B {len(b)}, or other labels; compare scores of the same benchmark")
     comparisons = {}
     for name in ACCURACIES:
-        right_a, right_b = a[name] == a["label"], b[name] == b["label"]
+        right_a, right_b = ((of[name] == of["label"]).to_numpy() for of in (a, b))
         comparisons[name] = count_items(right_a, right_b)
     return comparisons
 

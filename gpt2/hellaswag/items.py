@@ -100,7 +100,7 @@ def save_benchmark(benchmark: Benchmark, path: Path) -> None:
     for name, rows in benchmark.protocols.items():
         arrays |= {f"{name}_{field}": array for field, array in vars(rows).items()}
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
-        np.savez(out, **arrays)
+        np.savez(out, **arrays)  # type: ignore[arg-type]  # no name is that of its flag
 
 
 def load_benchmark(path: Path) -> Benchmark:

@@ -33,7 +33,7 @@ class Comparison(NamedTuple):
         """Two-sided exact p of McNemar's test: a fair coin for each item that only one of them has right."""
         n = self.only_a + self.only_b
         tail = sum(math.comb(n, k) for k in range(min(self.only_a, self.only_b) + 1))
-        return float(min(1, Fraction(2 * tail, 2**n)))
+        return min(1.0, float(Fraction(2 * tail, 2**n)))
 
 
 def count_items(right_a: np.ndarray, right_b: np.ndarray) -> Comparison:

@@ -141,5 +141,5 @@ def _list_figures(metrics: Mapping[str, Mapping], recorded: Mapping[str, Mapping
     told = table(("Figure", "Value", "From"), rows, "lrl")
     if "hellaswag" not in metrics or name != "gpt2":
         return told
-    source = BENCHMARKS.get(recorded.get("benchmark", {}).get("source"), "not recorded beside the model")
+    source = BENCHMARKS.get(recorded.get("benchmark", {}).get("source", ""), "not recorded beside the model")
     return f"{told}\n\nThe benchmark: {number(metrics['hellaswag']['items'])} items; {source}."

@@ -118,7 +118,8 @@ class _Hub:
     """Files of a model repository of the hub, all of the commit of the first one."""
 
     def __init__(self, name: str, revision: str | None):
-        self.name, self.commit, self._revision = name, None, revision
+        self.name, self._revision = name, revision
+        self.commit: str | None = None
         # Why the last file could not be looked for.
         self.unavailable = ""
 

@@ -50,7 +50,7 @@ class Dist:
             return value
         # As bytes of JSON: torch.distributed's own exchange of objects unpickles what it receives.
         text = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
-        length = self._broadcast(torch.tensor([len(text)])).item()
+        length = int(self._broadcast(torch.tensor([len(text)])))
         text = self._broadcast(text if self.is_main else torch.empty(length, dtype=torch.uint8))
         return json.loads(text.numpy().tobytes())
 
@@ -98,7 +98,7 @@ def make_deterministic() -> None:
     # cuBLAS takes its workspace from this, and only with a fixed one are its sums in a fixed order.
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     torch.use_deterministic_algorithms(True)
-    torch.utils.deterministic.fill_uninitialized_memory = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]  # not in its stub
 
 
 @contextmanager

@@ -90,12 +90,15 @@ class GPT(nn.Module):
     The same `seed` gives the same weights on every platform with the same torch, whatever the global generator did.
     """
 
+    # A ModuleList, whose type does not say what it holds.
+    h: Sequence[Block]
+
     def __init__(self, config: GPTConfig, seed: int = 0):
         super().__init__()
         self.config = config
         self.wte = _embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = _embedding(config.block_size, config.n_embd)
-        self.h = nn.ModuleList(Block(config, n_head) for n_head in config.layer_heads)
+        self.h = nn.ModuleList(Block(config, n_head) for n_head in config.layer_heads)  # type: ignore[assignment]
         self.ln_f = nn.LayerNorm(config.n_embd) if config.norm == "preln" else nn.Identity()
         self._init_weights(torch.Generator().manual_seed(seed))
 

@@ -6,9 +6,9 @@ strict: an unknown, missing, mistyped or out-of-range value raises before any wo
 
 import difflib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML, YAMLError
@@ -84,7 +84,7 @@ def build(cls: type[C], section: object, path: str, remedy: str = "", **known) -
         raise UserError("\n".join(_explain(fault, cls, path, known) + remedy for fault in error.errors())) from error
 
 
-def _explain(fault: dict, cls: type[Config], path: str, known: Iterable[str]) -> str:
+def _explain(fault: Mapping[str, Any], cls: type[Config], path: str, known: Iterable[str]) -> str:
     location = [str(part) for part in fault["loc"]]
     key = ".".join(location if not path or (location and location[0] in known) else [path, *location])
     rule = fault["msg"].removeprefix("Value error, ")

@@ -11,7 +11,7 @@ import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from gpt2.pipeline import params
 from gpt2.pipeline.command import reporting
@@ -50,7 +50,7 @@ class Stage:
             return params.load(section, cls, **known)
         return self._remember(section, lambda: params.load(section, cls, **known))
 
-    def top(self, key: str) -> object:
+    def top(self, key: str) -> Any:
         """The value of a key at the top of params.yaml, such as `norm`."""
         return self._remember(key, lambda: params.top(key))
 

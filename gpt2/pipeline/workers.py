@@ -12,7 +12,7 @@ import subprocess
 import sys
 import traceback
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Generator, Iterable, Iterator
 from contextlib import suppress
 from itertools import count
 from multiprocessing.connection import Connection, wait
@@ -31,7 +31,7 @@ END_SECONDS = 10
 _SERVE = "import sys; from gpt2.pipeline.workers import serve; serve(int(sys.argv[1]))"
 
 
-def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Iterator[R]:
+def in_order(function: Callable[[T], R], tasks: Iterable[T], workers: int) -> Generator[R, None, None]:
     """Yield `function(task)` for each task, computed by `workers` processes, or by this one if it is 1.
 
     Function and tasks are pickled, so the function's module must be one that can be imported. At most AHEAD tasks a
@@ -71,8 +71,8 @@ def _spread(tasks: Iterator[Any], crew: list["_Worker"]) -> Iterator[Any]:
                 break
             if not (busy := {worker.connection: worker for worker in crew if worker.tasks}):
                 return
-            for connection in wait(list(busy)):
-                number, result = busy[connection].take()
+            for ready in wait(list(busy)):
+                number, result = busy[ready].take()  # type: ignore[index]  # one of those that were waited for
                 done[number] = result
         yield done.pop(wanted)
 

@@ -25,7 +25,8 @@ def order_by_taylor_again(
 
     taylor is what score_taylor returned for the whole model on these windows (N, T + 1).
     """
-    masks, order = _ones(model), []
+    masks = _ones(model)
+    order: Order = []
     for count in counts:
         if order:
             with mask_heads(model, masks):

@@ -19,7 +19,8 @@ def score_models(models: Mapping[str, GPT], benchmark: Benchmark, batch_tokens: 
     Of all but the first also, against the first: _difference, _difference_margin (half its 95 % interval) and _p, by
     McNemar's exact test.
     """
-    figures, first = {}, None
+    figures: dict[str, float] = {}
+    first: np.ndarray | None = None
     for name, model in models.items():
         measured, columns = evaluate_benchmark(model, benchmark, PROTOCOL, batch_tokens)
         key = f"{name}_{ACCURACY}"

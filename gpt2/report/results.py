@@ -3,6 +3,7 @@
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 
@@ -26,7 +27,7 @@ class Results:
         """Where the weights were loaded from in place of training; None if they were trained."""
         return self.settings["train"].get("init_from")
 
-    def value(self, name: str) -> int | float | str:
+    def value(self, name: str) -> Any:
         """The metric `file.key`, as in `train.val_loss`. Raises UserError naming file, key and stage if absent."""
         stem, key = name.split(".", 1)
         path = Path("metrics") / f"{stem}.json"
@@ -70,7 +71,7 @@ class Results:
             raise UserError(f"{path} lacks the column {', '.join(missing)}; run its stage again: {_remedy(name)}")
         return frame
 
-    def setting(self, section: str, key: str) -> object:
+    def setting(self, section: str, key: str) -> Any:
         """A parameter of the active scale. Raises UserError if params.yaml lacks it."""
         try:
             return self.settings[section][key]

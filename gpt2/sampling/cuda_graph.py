@@ -15,22 +15,23 @@ class CudaGraph:
     """
 
     def __init__(self, function: Callable[..., Tensor]):
-        self._function, self._graph, self._has_run = function, None, False
+        self._function, self._has_run = function, False
+        self._graph: torch.cuda.CUDAGraph | None = None
 
     def __call__(self, *arguments: Tensor) -> Tensor:
         if not self._has_run:
             self._has_run = True
             return self._function(*arguments)
-        if self._graph is None:
-            self._record(arguments)
+        graph = self._graph or self._record(arguments)
         for own, given in zip(self._arguments, arguments, strict=True):
             own.copy_(given)
-        self._graph.replay()
+        graph.replay()
         return self._result
 
-    def _record(self, arguments: tuple[Tensor, ...]) -> None:
+    def _record(self, arguments: tuple[Tensor, ...]) -> torch.cuda.CUDAGraph:
         self._arguments = [argument.clone() for argument in arguments]
         graph = torch.cuda.CUDAGraph()
         with torch.cuda.graph(graph):
             self._result = self._function(*self._arguments)
         self._graph = graph
+        return graph

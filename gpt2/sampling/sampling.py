@@ -5,7 +5,7 @@ by one token would all change. Instead, a context that is full loses its older h
 again: `window_start`.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from functools import partial
 
 import torch
@@ -79,7 +79,8 @@ def _draw_steps(
     """
     sequences, device = list(range(sampling.num_seq)), model.wte.weight.device
     on_gpu, uniforms = device.type == "cuda", _uniforms(sampling, device)
-    cache, choose, start = Cache(model, sampling.num_seq), partial(_choose, model, sampling), None
+    cache, start = Cache(model, sampling.num_seq), None
+    choose: Callable[[Tensor, Tensor], Tensor] = partial(_choose, model, sampling)
     if on_gpu:
         choose = CudaGraph(choose)
     # One row until the first draw, since the prompt is the same for all.

@@ -99,7 +99,9 @@ def trained_tokens(tokenizer: Tokenizer) -> list[bytes]:
     """The tokens of byte-level BPE as bytes, in the order of their ids: the 256 bytes, then the merges."""
     byte_of = byte_of_character()
     vocabulary = tokenizer.get_vocab()
-    return [bytes(byte_of[character] for character in token) for token in sorted(vocabulary, key=vocabulary.get)]
+    return [
+        bytes(byte_of[character] for character in token) for token in sorted(vocabulary, key=vocabulary.__getitem__)
+    ]
 
 
 def byte_of_character() -> dict[str, int]:

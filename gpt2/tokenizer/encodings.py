@@ -56,7 +56,7 @@ def load_encoding(name: str = GPT2) -> tiktoken.Encoding:
     # tiktoken would copy the files into a folder for downloads; an empty name turns that off.
     os.environ["TIKTOKEN_CACHE_DIR"] = ""
     ranks = data_gym_to_mergeable_bpe_ranks(vocab_bpe_file=bpe, encoder_json_file=encoder)
-    return make_encoding(name, sorted(ranks, key=ranks.get))
+    return make_encoding(name, sorted(ranks, key=ranks.__getitem__))
 
 
 def make_encoding(name: str, tokens: Sequence[bytes]) -> tiktoken.Encoding:

@@ -9,6 +9,7 @@ import itertools
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import regex
@@ -173,7 +174,7 @@ def count_steps(budget: float, config: VocabularyRunsConfig, vocab_size: int) ->
 
 def train_vocabulary_run(
     setting: VocabularySetting, config: VocabularyRunsConfig, text: RunText, device: torch.device
-) -> dict[str, float | str]:
+) -> dict[str, Any]:
     """Train one model from its seed as long as its budget lasts; its row, as in VOCABULARY_RUN_COLUMNS.
 
     Bits per byte are infinite if the run diverged; the `even` ones are of guessing all tokens alike. Raises UserError
@@ -195,7 +196,7 @@ def train_vocabulary_run(
     curve = train_windows(model, schedule, text.windows.long(), order, config.micro_batch, config.precision)
     losses = stream_losses(model, text.stream, config.micro_batch, config.precision).double()
     diverged = curve.diverged_at_step >= 0 or not bool(losses.isfinite().all())
-    row = {
+    row: dict[str, Any] = {
         "budget": setting.budget,
         "name": setting.name,
         "vocab_size": text.vocab_size,
@@ -218,7 +219,7 @@ def train_vocabulary_run(
 
 def run_vocabularies(
     config: VocabularyRunsConfig, texts: Mapping[str, RunText], hardware: HardwareConfig
-) -> list[dict[str, float | str]]:
+) -> list[dict[str, Any]]:
     """All runs, a row each as in VOCABULARY_RUN_COLUMNS: by budget, then in the order of `texts`, then by seed."""
     settings = [VocabularySetting(*values) for values in itertools.product(config.budgets, texts, config.seeds)]
     # The longest first, so that no worker is left with one at the end.
@@ -226,7 +227,7 @@ def run_vocabularies(
     return run_each(train_vocabulary_run, tasks, hardware)[::-1]
 
 
-def vocabulary_table_rows(runs: Sequence[Mapping[str, float | str]]) -> list[dict[str, float | str]]:
+def vocabulary_table_rows(runs: Sequence[Mapping[str, Any]]) -> list[dict[str, Any]]:
     """One row per budget and vocabulary with VOCABULARY_TABLE_COLUMNS: mean, lowest and highest over seeds."""
     rows = []
     for _, group in itertools.groupby(runs, key=lambda run: (run["budget"], run["name"])):
@@ -242,14 +243,12 @@ def vocabulary_table_rows(runs: Sequence[Mapping[str, float | str]]) -> list[dic
     return rows
 
 
-def vocabulary_run_figures(
-    rows: Sequence[Mapping[str, float | str]], texts: Mapping[str, RunText]
-) -> dict[str, float | str]:
+def vocabulary_run_figures(rows: Sequence[Mapping[str, Any]], texts: Mapping[str, RunText]) -> dict[str, Any]:
     """Entries of metrics/tokenizer.json from the rows of the table: those of the largest budget by vocabulary, and the
     best vocabulary of each budget. A vocabulary of which a run diverged has no bits per byte."""
     largest = rows[-1]["budget"]
     any_text = next(iter(texts.values()))
-    figures: dict[str, float | str] = {
+    figures: dict[str, Any] = {
         "runs_eval_bytes": any_text.sizes[""],
         **{f"runs_{part}bytes": any_text.sizes[part] for part in PARTS if part},
         "runs_seeds": rows[0]["seeds"],

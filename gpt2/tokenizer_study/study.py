@@ -15,6 +15,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
+from typing import Any
 
 import numpy as np
 import tiktoken
@@ -75,8 +76,8 @@ class Study:
     frequency, of `examples` for each word, and measured `speed`."""
 
     metrics: dict[str, float]
-    vocabularies: list[dict[str, object]]
-    bands: list[dict[str, object]]
+    vocabularies: list[dict[str, Any]]
+    bands: list[dict[str, Any]]
     examples: list[dict[str, str]]
     speed: dict[str, float]
 
@@ -104,7 +105,8 @@ def train_apart(
     One would do, since a smaller vocabulary is the beginning of a larger one; that it is, is asserted. Raises UserError
     if the training text is too small for one of them.
     """
-    encodings, speed = [], {}
+    encodings: list[tiktoken.Encoding] = []
+    speed: dict[str, float] = {}
     with TemporaryDirectory() as folder:
         for size in vocab_sizes:
             name = f"bpe_{size}"
@@ -135,10 +137,11 @@ def study_vocabularies(
     """Measure the trained vocabularies and GPT-2's on held-out text."""
     encodings = with_gpt2(trained)
     held_out_bytes = count_bytes(text.held_out)
-    metrics = {"training_bytes": count_bytes(text.training), "held_out_bytes": held_out_bytes}
+    metrics: dict[str, float] = {"training_bytes": count_bytes(text.training), "held_out_bytes": held_out_bytes}
     metrics |= describe_words(text.occurrences, text.groups)
     in_bands = band_words(text.occurrences, text.counts)
-    rows, bands, speed = [], [], {}
+    rows, bands = [], []
+    speed: dict[str, float] = {}
     for encoding in encodings:
         documents, speed[f"{encoding.name}_encode_mb_per_s"] = encode(text.held_out, encoding)
         figures = measure_text(documents, held_out_bytes, encoding.n_vocab, shape)

@@ -9,13 +9,13 @@ import logging
 from collections.abc import Iterator
 from pathlib import Path
 
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from gpt2.model.dist import Dist
 from gpt2.pipeline.files import UserError, atomic_path
+from gpt2.train.optim import Optimizer
 
 KEPT = 2
 log = logging.getLogger(__name__)
@@ -30,7 +30,7 @@ def require_agreement(folder: Path, dist: Dist) -> None:
         )
 
 
-def save_checkpoint(folder: Path, model: nn.Module, optimizer: torch.optim.Optimizer, state: dict) -> None:
+def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, state: dict) -> None:
     """Write the state after `state["step"]` steps and drop all but the newest KEPT checkpoints.
 
     Raises UserError if the disk does not take the file; the checkpoints before are then untouched.
@@ -85,7 +85,7 @@ def read_checkpoints(folder: Path) -> Iterator[tuple[dict, dict[str, Tensor]]]:
             log.warning("checkpoint %s is damaged (%s); falling back to the one before", path, error)
 
 
-def restore(model: nn.Module, optimizer: torch.optim.Optimizer, tensors: dict[str, Tensor]) -> None:
+def restore(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:
     """Put the tensors of a checkpoint into model and optimizer."""
     model.load_state_dict({k.removeprefix("model."): v for k, v in tensors.items() if k.startswith("model.")})
     for name, parameter in model.named_parameters():
@@ -98,7 +98,7 @@ def _digest(tensors: dict[str, Tensor], text: str) -> str:
     digest = hashlib.sha256(text.encode())
     for name in sorted(tensors):
         digest.update(name.encode())
-        digest.update(tensors[name].numpy())
+        digest.update(tensors[name].numpy().data)
     return digest.hexdigest()
 
 

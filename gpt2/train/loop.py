@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -29,7 +30,7 @@ from gpt2.train import checkpoint
 from gpt2.train.curves import TABLES, RowFiles, Rows, read_rows
 from gpt2.train.heartbeat import Heartbeat
 from gpt2.train.layer_norms import activation_norms, gradient_norms
-from gpt2.train.optim import OptimConfig, Together, build_optimizer, lr_at
+from gpt2.train.optim import OptimConfig, Optimizer, build_optimizer, lr_at
 from gpt2.train.stability import DivergenceWatch
 
 # Validation windows on which activations are measured.
@@ -46,7 +47,7 @@ class TrainConfig(OptimConfig):
     # Weights to load in place of training (see pretrained.py): a Hugging Face folder or hub id; null trains.
     init_from: str | None = Field(default=None, min_length=1)
     # Length of the run: optimizer steps, or epochs of the training split. One is given, the other null.
-    max_steps: PositiveInt | None
+    max_steps: PositiveInt | None  # type: ignore[assignment]  # of a run given in epochs, None until `in_steps`
     epochs: PositiveFloat | None
     seed: int
     # Tokens of one optimizer step, over all processes and micro-batches.
@@ -85,6 +86,12 @@ class TrainConfig(OptimConfig):
                 f"{self.epochs:g}; shorten the warm-up or train for longer"
             )
         return self.model_copy(update={"max_steps": steps, "epochs": None})
+
+    @property
+    def steps(self) -> int:
+        """Optimizer steps of the run; a length in epochs has to be put `in_steps` before."""
+        assert self.max_steps is not None
+        return self.max_steps
 
     def batch_windows(self, block_size: int) -> int:
         """Windows of one step; of loaded weights, for which none is taken, one."""
@@ -190,7 +197,8 @@ class _Run:
         self.result, self.watch = TrainResult(), DivergenceWatch()
         self.files: RowFiles | None = None
         self.heartbeat = Heartbeat(scratch) if dist.is_main else None
-        self.start, self.saved = 0, {"checkpoint_step": 0, "checkpoint_time": None}
+        self.start = 0
+        self.saved: dict[str, float | None] = {"checkpoint_step": 0, "checkpoint_time": None}
 
     def resume(self) -> dict[str, int] | None:
         """Go on from the main process's newest sound checkpoint; return the sizes of its row files, None without one.
@@ -221,7 +229,7 @@ class _Run:
         """Take the remaining steps."""
         config, result = self.config, self.result
         stepper = Stepper(self.model, self.optimizer, config, self.order, self.dist)
-        for step in range(self.start, config.max_steps):
+        for step in range(self.start, config.steps):
             evaluating = step % config.eval_interval == 0
             if evaluating and not self._evaluate(step):
                 result.diverged_at_step = step
@@ -299,7 +307,7 @@ class _Run:
         seconds, timed = self.result.seconds, self.result.steps_timed
         # The first step is slow, but all there is to go by until the second.
         rate = self._tokens(timed or 1) / max(seconds["step"] if timed else seconds["start"], 1e-9)
-        return rate, self._tokens(self.config.max_steps - len(self.result.rows["train"])) / rate
+        return rate, self._tokens(self.config.steps - len(self.result.rows["train"])) / rate
 
     def _beat(self, doing: str) -> None:
         if not self.heartbeat or not self.heartbeat.due:
@@ -335,7 +343,7 @@ class Stepper:
     def __init__(
         self,
         model: GPT,
-        optimizer: torch.optim.Optimizer | Together,
+        optimizer: Optimizer,
         config: TrainConfig,
         order: TrainOrder,
         dist: Dist,
@@ -345,7 +353,7 @@ class Stepper:
         self.accumulation = config.accumulation(order.block_size, dist.world_size)
         first = dist.rank * self.accumulation * config.micro_batch
         self.batches = MicroBatches(order, first, config.micro_batch, self.accumulation, dist.device)
-        self.forward: nn.Module = torch.compile(model) if config.compile else model
+        self.forward: Any = torch.compile(model) if config.compile else model
         if dist.world_size > 1:
             self.forward = DistributedDataParallel(self.forward, gradient_as_bucket_view=True)
             # DDP orders its buckets anew after its first backward pass, and with them the sums over processes. By a

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Sequence
-from typing import Literal
+from typing import Literal, TypeAlias
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
@@ -82,7 +82,10 @@ class Together:
             member.zero_grad(set_to_none)
 
 
-def build_optimizer(model: nn.Module, config: OptimConfig) -> torch.optim.Optimizer | Together:
+Optimizer: TypeAlias = torch.optim.Optimizer | Together
+
+
+def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
     """AdamW (Loshchilov & Hutter 2019) with one fused update for all parameters, or Muon for the blocks' matrices.
 
     Muon (Jordan et al. 2024) with its update scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is

@@ -40,9 +40,9 @@ def run_identity(model_config: GPTConfig, config: TrainConfig, tokens: TokenSet)
 
 def describe_length(config: TrainConfig, order: TrainOrder) -> str:
     """The length of the run in steps and in epochs."""
-    epochs = config.max_steps * order.batch_windows / order.windows_per_epoch
+    epochs = config.steps * order.batch_windows / order.windows_per_epoch
     return (
-        f"{config.max_steps:,} steps of {config.tokens_per_step:,} tokens, which are {epochs:.2f} epochs of "
+        f"{config.steps:,} steps of {config.tokens_per_step:,} tokens, which are {epochs:.2f} epochs of "
         f"{order.windows_per_epoch:,} windows of {order.block_size} tokens"
     )
 

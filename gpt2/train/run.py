@@ -80,12 +80,12 @@ def train_from_scratch(stage: Stage, run: Run) -> Path:
     return scratch
 
 
-def load_weights(stage: Stage, run: Run) -> None:
+def load_weights(stage: Stage, run: Run, source: str) -> None:
     """Load the weights in the main process, share them, measure them and write the outputs."""
     weights, origin = {}, {}
     if run.dist.is_main:
         scale = params.active_scale(params.read())
-        model, found = load_pretrained(run.config.init_from, run.model.config, scale)
+        model, found = load_pretrained(source, run.model.config, scale)
         weights, origin = model.state_dict(), found.figures()
         log.info("loaded %s", ", ".join(f"{key} {value}" for key, value in origin.items()))
     run.model.load_state_dict(run.dist.share_tensors(weights))
@@ -120,7 +120,10 @@ def run_stage() -> None:
         if not dist.is_main:
             stage.silence()
         run = prepare_run(stage, dist)
-        scratch = load_weights(stage, run) if run.config.init_from else train_from_scratch(stage, run)
+        if run.config.init_from:
+            load_weights(stage, run, run.config.init_from)
+            return
+        scratch = train_from_scratch(stage, run)
     # Only now: the stage may still have refused its result, and a second try goes on from here.
-    if dist.is_main and scratch:
+    if dist.is_main:
         drop(scratch)

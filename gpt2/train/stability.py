@@ -34,7 +34,7 @@ def count_spikes(losses: Sequence[float]) -> int:
 
 
 def _spike_level(recent: Sequence[float]) -> float:
-    return float(np.mean(recent) + max(SPIKE_DEVIATIONS * np.std(recent), SPIKE_NATS))
+    return float(np.mean(recent)) + max(SPIKE_DEVIATIONS * float(np.std(recent)), SPIKE_NATS)
 
 
 class DivergenceWatch:
