@@ -7,16 +7,16 @@ A document is a docstring of a module, class or function, or a text that a modul
 import ast
 import gc
 import inspect
-import multiprocessing
 import warnings
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from contextlib import closing
 from importlib import metadata
 from itertools import chain
 from pathlib import Path
 from string import Formatter
 
 from gpt2.pipeline.files import UserError
+from gpt2.pipeline.workers import in_order
 from gpt2.prepare.corpus import Document
 
 ATTACHERS = {"add_docstr", "add_docstr_all", "add_newdoc", "add_newdoc_for_scalar_type"}
@@ -38,13 +38,15 @@ def read_docstrings(packages: Sequence[str], workers: int) -> Iterator[Document]
     Raises UserError if a package is not installed or came without a list of its files.
     """
     files = [file for package in packages for file in _source_files(package)]
-    if workers == 1:
-        yield from chain.from_iterable(map(read_module, files))
-        return
+    tasks = [files[start : start + FILES_PER_TASK] for start in range(0, len(files), FILES_PER_TASK)]
     # Syntax trees are large and free of cycles: without the collector they are parsed a third faster.
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(workers, mp_context=context, initializer=gc.disable) as pool:
-        yield from chain.from_iterable(pool.map(read_module, files, chunksize=FILES_PER_TASK))
+    with closing(in_order(read_modules, tasks, workers, gc.disable)) as results:
+        yield from chain.from_iterable(results)
+
+
+def read_modules(files: Sequence[tuple[str, str]]) -> list[Document]:
+    """All docstrings of some source files, each given as (dotted module name, path)."""
+    return [document for file in files for document in read_module(file)]
 
 
 def read_module(file: tuple[str, str]) -> list[Document]:

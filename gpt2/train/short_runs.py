@@ -1,9 +1,8 @@
 """Short trainings of small models for the studies: one loop, and on CPUs several runs at a time."""
 
 from collections.abc import Callable, Iterable
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from multiprocessing import get_context
+from functools import partial
 from typing import TypeVar
 
 import numpy as np
@@ -14,6 +13,7 @@ from gpt2.data.order import sample_windows
 from gpt2.model.dist import Precision, autocast, setup_device
 from gpt2.model.gpt import GPT
 from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.workers import in_order
 from gpt2.train.optim import OptimConfig, build_optimizer, lr_at
 from gpt2.train.stability import DivergenceWatch
 
@@ -74,11 +74,11 @@ def run_each(function: Callable[..., R], tasks: Iterable[tuple], hardware: Hardw
         device = setup_device(hardware)
         return [function(*task, device) for task in tasks]
     # A run is too small to share: one thread each beats all threads on one.
-    with ProcessPoolExecutor(
-        hardware.threads,
-        mp_context=get_context("spawn"),
-        initializer=setup_device,
-        initargs=(hardware, hardware.threads),
-    ) as pool:
-        futures = [pool.submit(function, *task, torch.device("cpu")) for task in tasks]
-        return [future.result() for future in futures]
+    prepare = partial(setup_device, hardware, hardware.threads)
+    if hardware.threads == 1:
+        prepare()
+    return list(in_order(partial(_run_on_cpu, function), tasks, hardware.threads, prepare))
+
+
+def _run_on_cpu(function: Callable[..., R], task: tuple) -> R:
+    return function(*task, torch.device("cpu"))
