@@ -4,8 +4,9 @@ import shutil
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import pyarrow.parquet as pq
@@ -14,8 +15,8 @@ from gpt2.pipeline.files import UserError
 
 SPLITS = ("train", "val", "test")
 SCHEMA = pa.schema([("text", pa.string()), ("id", pa.string())])
-# A row group is what a reader holds in memory at once.
-ROW_GROUP_DOCUMENTS = 1_000
+# A row group is what a reader holds in memory at once. Ordinary text reaches the number of documents first.
+ROW_GROUP_DOCUMENTS, ROW_GROUP_BYTES = 1_000, 2**25
 FILE_DOCUMENTS = 100_000
 
 
@@ -33,14 +34,17 @@ def batch_of(documents: Sequence[Document]) -> pa.RecordBatch:
 
 
 class SplitWriter:
-    """Writes the documents of one split in files of FILE_DOCUMENTS and row groups of ROW_GROUP_DOCUMENTS."""
+    """Writes the documents of one split in files of FILE_DOCUMENTS.
+
+    A row group ends with the document that reaches ROW_GROUP_DOCUMENTS or ROW_GROUP_BYTES of text.
+    """
 
     def __init__(self, folder: Path):
         self.folder = folder
         self.documents = self.bytes = 0
         self._waiting: list[pa.RecordBatch] = []
-        self._n_waiting = 0
-        self._file: pq.ParquetWriter | None = None
+        self._waiting_documents = self._waiting_bytes = 0
+        self._file: Any = None
 
     def add(self, document: Document) -> None:
         """Append a document."""
@@ -48,17 +52,21 @@ class SplitWriter:
 
     def add_batch(self, rows: pa.RecordBatch) -> None:
         """Append documents given as rows of SCHEMA; they reach the disk with their row group."""
-        self.bytes += pc.sum(pc.binary_length(rows["text"])).as_py() or 0
         while rows.num_rows:
             if self.documents % FILE_DOCUMENTS == 0:
                 self._open_next()
-            room = min(ROW_GROUP_DOCUMENTS - self._n_waiting, FILE_DOCUMENTS - self.documents % FILE_DOCUMENTS)
-            part, rows = rows.slice(0, room), rows.slice(room)
-            self._waiting.append(part)
-            self._n_waiting += part.num_rows
-            self.documents += part.num_rows
-            if self._n_waiting == ROW_GROUP_DOCUMENTS:
+            ends = pc.binary_length(rows["text"]).to_numpy().cumsum(dtype=np.int64)
+            n = int(np.searchsorted(ends, ROW_GROUP_BYTES - self._waiting_bytes)) + 1
+            most = min(ROW_GROUP_DOCUMENTS - self._waiting_documents, FILE_DOCUMENTS - self.documents % FILE_DOCUMENTS)
+            n = min(n, most, rows.num_rows)
+            self._waiting.append(rows.slice(0, n))
+            self._waiting_documents += n
+            self._waiting_bytes += int(ends[n - 1])
+            self.documents += n
+            self.bytes += int(ends[n - 1])
+            if self._waiting_documents == ROW_GROUP_DOCUMENTS or self._waiting_bytes >= ROW_GROUP_BYTES:
                 self._flush()
+            rows = rows.slice(n)
 
     def close(self) -> None:
         """Write what waits and finish the last file."""
@@ -87,7 +95,8 @@ class SplitWriter:
         if self._waiting:
             with self._written():
                 self._file.write_table(pa.Table.from_batches(self._waiting).combine_chunks())
-            self._waiting, self._n_waiting = [], 0
+            self._waiting = []
+            self._waiting_documents = self._waiting_bytes = 0
 
     @contextmanager
     def _written(self) -> Iterator[None]:
@@ -96,16 +105,16 @@ class SplitWriter:
         except OSError as error:
             raise UserError(
                 f"{self.folder} cannot be written ({error}) after {self.bytes / 1e6:,.0f} MB of text; make room and "
-                "run dvc repro again (python -m gpt2.check tells how much is needed)"
+                "run dvc repro again (python -m gpt2.check shows how much is needed)"
             ) from error
 
 
 @contextmanager
 def new_corpus(folder: Path) -> Iterator[dict[str, SplitWriter]]:
-    """Yield a writer per split; when the block succeeds, the new corpus replaces whatever stood at `folder`.
+    """Yield a writer per split; when the block succeeds, the new corpus replaces what is at `folder`.
 
-    If the block raises, or a split got no document (UserError), the old corpus stays as it was. What a killed run left
-    is removed by the next.
+    If the block raises, or a split got no document (UserError), the old corpus stays as it was. The next run removes
+    what a killed one left.
     """
     temporary = folder.with_name(f".{folder.name}.tmp")
     shutil.rmtree(temporary, ignore_errors=True)

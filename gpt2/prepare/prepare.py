@@ -13,7 +13,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
-from itertools import islice, pairwise
+from itertools import pairwise
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -26,11 +26,11 @@ from tqdm import tqdm
 from gpt2.pipeline.files import UserError, read_json
 from gpt2.pipeline.params import Config
 from gpt2.pipeline.quantities import show_time
-from gpt2.prepare.corpus import ROW_GROUP_DOCUMENTS, SPLITS, Document, batch_of, new_corpus
+from gpt2.prepare.corpus import SPLITS, Document, batch_of, new_corpus
 from gpt2.prepare.dedup import SeenKeys
 from gpt2.prepare.docstrings import package_version, read_docstrings
 from gpt2.prepare.hub import COMMIT
-from gpt2.prepare.sources import Batch, Source, find_files, find_on_hub, read_source
+from gpt2.prepare.sources import BATCH_DOCUMENTS, Batch, Source, find_files, find_on_hub, grouped, read_source
 
 LOG_SECONDS = 30
 Percent = Annotated[float, Field(gt=0, lt=100)]
@@ -45,23 +45,27 @@ log = logging.getLogger(__name__)
 class PrepareConfig(Config):
     """Section `prepare`: where documents come from and which are kept. Fields of other sources may be absent."""
 
-    source: Literal["docs", "files", "fineweb_edu"]
+    # fineweb_edu is hub under the name of the data set of the reference run.
+    source: Literal["docs", "files", "hub", "fineweb_edu"]
     # docs: installed distributions, in this order.
     packages: tuple[str, ...] = ()
-    # files: a folder of Parquet, JSONL or gzipped JSONL files, read recursively.
-    path: Path | None = None
-    # fineweb_edu: a dataset of the Hugging Face hub, a pattern for the names of its files, and its commit or branch.
-    dataset: str | None = None
+    # files: a folder of Parquet, JSON lines or text files, read recursively.
+    path: Path = Path()
+    # hub: a data set of the Hugging Face hub, and its commit or branch.
+    dataset: str = ""
+    revision: str = ""
+    # hub: a pattern for the names of its files, or else a config (null: the default one) and a split.
     files: str | None = None
-    revision: str | None = None
-    # files, fineweb_edu: the column that holds the text.
+    config: str | None = None
+    split: str = "train"
+    # files, hub: the column that holds the text.
     text_column: str = "text"
     # Documents, and bytes of their text in UTF-8, to keep in all splits together; null keeps all.
     max_documents: PositiveInt | None = None
     max_bytes: PositiveInt | None = None
     # Characters below which a document is dropped.
     min_chars: NonNegativeInt
-    # files, fineweb_edu: what the columns language, language_score and score must hold; null asks nothing.
+    # files, hub: what the columns language, language_score and score must hold; null asks nothing.
     language: str | None = None
     min_language_score: float | None = None
     min_score: float | None = None
@@ -70,18 +74,21 @@ class PrepareConfig(Config):
 
     @model_validator(mode="after")
     def _complete(self) -> "PrepareConfig":
+        hub = {
+            "dataset": "a data set of the hub, such as HuggingFaceFW/fineweb-edu",
+            "revision": "a commit of it; main finds out the newest",
+        }
         needed = {
             "docs": {"packages": "a list of installed packages, such as [numpy]"},
-            "files": {"path": "a folder of Parquet or JSONL files"},
-            "fineweb_edu": {
-                "dataset": "a dataset of the hub, such as HuggingFaceFW/fineweb-edu",
-                "files": "a pattern for its files, such as sample/10BT/*.parquet",
-                "revision": "a commit of it; main finds out the newest",
-            },
+            "files": {"path": "a folder of Parquet, JSONL or text files"},
+            "hub": hub,
+            "fineweb_edu": hub,
         }
         for key, value in needed[self.source].items():
-            if not getattr(self, key):
+            if getattr(self, key) in ((), "", Path()):
                 raise ValueError(f"source={self.source} needs {key}; set it to {value}")
+        if self.files is not None and self.config is not None:
+            raise ValueError(f"files={self.files} and config={self.config} exclude each other; set one to null")
         if self.source == "docs" and (given := [key for key in FILTERS if getattr(self, key) is not None]):
             raise ValueError(f"source=docs has no column for {', '.join(given)}; set it to null")
         if self.val_percent + self.test_percent >= 100:
@@ -149,7 +156,7 @@ def _open(config: PrepareConfig, workers: int, earlier: Mapping[str, object]) ->
         source, origin = find_files(config.path), {}
     else:
         whole = config.max_documents is None and config.max_bytes is None
-        source, commit = find_on_hub(config.dataset, config.revision, config.files, whole)
+        source, commit = find_on_hub(config.dataset, config.revision, config.files, config.config, config.split, whole)
         _refuse_change(config, commit, earlier)
         origin = {"dataset": config.dataset, "revision": commit}
     numbers, strings = (
@@ -169,8 +176,8 @@ def _refuse_change(config: PrepareConfig, commit: str, earlier: Mapping[str, obj
     )
 
 
-def _in_batches(documents: Iterator[Document]) -> Iterator[Batch]:
-    while some := list(islice(documents, ROW_GROUP_DOCUMENTS)):
+def _in_batches(documents: Iterable[Document]) -> Iterator[Batch]:
+    for some in grouped(((document, len(document.text)) for document in documents), BATCH_DOCUMENTS):
         rows = batch_of(some)
         yield Batch(rows, n_bytes=rows["text"].nbytes)
 

@@ -1,25 +1,31 @@
-"""Documents from Parquet and JSONL files, local or of the Hugging Face hub, as Arrow batches in bounded memory."""
+"""Documents from Parquet, JSON lines and text files, local or of the hub, as Arrow batches in bounded memory."""
 
-import gzip
 import json
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from contextlib import nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import islice
+from io import BufferedReader
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, BinaryIO, NamedTuple, TypeVar
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
 from gpt2.pipeline.files import UserError
-from gpt2.prepare.hub import MOST_AHEAD, open_dataset
+from gpt2.prepare.hub import open_dataset
 
-BATCH_DOCUMENTS = 1_000
+# A batch ends with the document that reaches one of these.
+BATCH_DOCUMENTS, BATCH_BYTES = 1_000, 2**24
+# Rows decoded at once, at most. Few, since each may be long, but of fewer than eight each one costs time.
+PARQUET_ROWS = 8
 READ_BUFFER = 2**20
-# What comes through when a file is cut off, not UTF-8, not JSON or not of its format.
+# Files of the hub that are downloaded while another is read.
+HUB_AHEAD = 3
+# What is raised for a file that is cut off, not UTF-8, not JSON or not of its format.
 READ_ERRORS = (pa.ArrowException, ValueError, OSError, EOFError, zlib.error)
+CODECS = {".gz": "gzip", ".zst": "zstd"}
+T = TypeVar("T")
 
 
 class Batch(NamedTuple):
@@ -40,7 +46,7 @@ class Source:
 
 
 def find_files(folder: Path) -> Source:
-    """All Parquet and JSONL files below `folder` in order of their relative names, with forward slashes."""
+    """All files below `folder` that can be read, in order of their relative names, with forward slashes."""
     if not folder.is_dir():
         raise UserError(f"prepare.path = {str(folder)!r} is not a folder; set it to one with Parquet or JSONL files")
     names = sorted(file.relative_to(folder).as_posix() for file in folder.rglob("*") if file.is_file())
@@ -51,15 +57,17 @@ def find_files(folder: Path) -> Source:
     return Source(paths, len(paths), sum(path.stat().st_size for _, path in paths))
 
 
-def find_on_hub(dataset: str, revision: str, pattern: str, whole: bool) -> tuple[Source, str]:
-    """The files of a hub dataset, and its commit. Several are fetched at once if the `whole` of it will be read."""
-    found = open_dataset(dataset, revision, pattern)
+def find_on_hub(
+    dataset: str, revision: str, pattern: str | None, config: str | None, split: str, whole: bool
+) -> tuple[Source, str]:
+    """The files of a hub data set, and its commit. Several are fetched at once if the `whole` of it will be read."""
+    found = open_dataset(dataset, revision, pattern, config, split, tuple(READERS))
     if strange := [name for name in found.names if not name.endswith(tuple(READERS))]:
         raise UserError(
             f"prepare.files = {pattern!r} matches {strange[0]} of {dataset}, which is none of *{', *'.join(READERS)}; "
             "narrow it, or take prepare.revision=refs/convert/parquet, where the hub keeps every data set as Parquet"
         )
-    return Source(found.fetch(MOST_AHEAD if whole else 0), len(found.names), found.n_bytes), found.commit
+    return Source(found.fetch(HUB_AHEAD if whole else 0), len(found.names), found.n_bytes), found.commit
 
 
 def read_source(source: Source, text_column: str, numbers: Iterable[str], strings: Iterable[str]) -> Iterator[Batch]:
@@ -84,6 +92,20 @@ def read_source(source: Source, text_column: str, numbers: Iterable[str], string
             raise UserError(f"{path} cannot be read ({error}); replace it or remove it from prepare.path") from error
 
 
+def grouped(sized: Iterable[tuple[T, int]], most: int) -> Iterator[list[T]]:
+    """Collect values given with their bytes into lists of `most` values, or of BATCH_BYTES if that is less."""
+    group: list[T] = []
+    room = BATCH_BYTES
+    for value, n_bytes in sized:
+        group.append(value)
+        room -= n_bytes
+        if len(group) == most or room <= 0:
+            yield group
+            group, room = [], BATCH_BYTES
+    if group:
+        yield group
+
+
 def _conform(
     rows: pa.RecordBatch, name: str, n_read: int, text_column: str, wanted: Mapping[str, pa.DataType]
 ) -> pa.RecordBatch:
@@ -103,30 +125,50 @@ def _conform(
 
 def _read_parquet(path: Path, columns: list[str]) -> Iterator[tuple[pa.RecordBatch, float]]:
     n_bytes = path.stat().st_size
-    with pq.ParquetFile(path, buffer_size=READ_BUFFER) as file:
-        names = file.schema_arrow.names
-        _require(columns, names)
-        chosen = [name for name in dict.fromkeys([*columns, "id"]) if name in names]
-        for rows in file.iter_batches(BATCH_DOCUMENTS, columns=chosen, use_threads=False):
+    # With pre_buffer a whole row group would be in memory.
+    with pq.ParquetFile(path, buffer_size=READ_BUFFER, pre_buffer=False) as file:
+        names = _choose(columns, file.schema_arrow.names)
+        groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
+        row_bytes = sum(group.total_byte_size for group in groups) // max(1, file.metadata.num_rows)
+        n_rows = max(1, min(PARQUET_ROWS, BATCH_BYTES // max(1, row_bytes)))
+        parts = file.iter_batches(n_rows, columns=names, use_threads=False)
+        for some in grouped(((part, part.nbytes) for part in parts), BATCH_DOCUMENTS // n_rows):
+            rows = pa.concat_batches(some)
             yield rows, n_bytes * rows.num_rows / file.metadata.num_rows
 
 
 def _read_jsonl(path: Path, columns: list[str]) -> Iterator[tuple[pa.RecordBatch, float]]:
-    with open(path, "rb") as file, gzip.open(file) if path.suffix == ".gz" else nullcontext(file) as lines:
+    with _unpacked(path) as (file, lines):
         position = 0
-        parsed = (_parse(line, number) for number, line in enumerate(lines, start=1) if line.strip())
-        while documents := list(islice(parsed, BATCH_DOCUMENTS)):
-            names = dict.fromkeys(key for document in documents for key in document)
-            _require(columns, names)
-            chosen = [name for name in dict.fromkeys([*columns, "id"]) if name in names]
-            values = {name: [document.get(name) for document in documents] for name in chosen}
+        parsed = ((_parse(line, number), len(line)) for number, line in enumerate(lines, start=1) if line.strip())
+        for documents in grouped(parsed, BATCH_DOCUMENTS):
+            names = _choose(columns, dict.fromkeys(key for document in documents for key in document))
+            values = {name: [document.get(name) for document in documents] for name in names}
             if "id" in values:
                 values["id"] = [None if value is None else str(value) for value in values["id"]]
             before, position = position, file.tell()
             yield pa.record_batch({name: pa.array(column) for name, column in values.items()}), position - before
 
 
-def _parse(line: bytes, number: int) -> dict:
+def _read_text(path: Path, columns: list[str]) -> Iterator[tuple[pa.RecordBatch, float]]:
+    """The whole file is one document."""
+    _choose(columns, columns[:1])
+    with _unpacked(path) as (_, content):
+        text = pa.array([content.read()], pa.binary()).cast(pa.string())
+    yield pa.record_batch({columns[0]: text}), path.stat().st_size
+
+
+@contextmanager
+def _unpacked(path: Path) -> Iterator[tuple[BinaryIO, BinaryIO]]:
+    """The open file, and its content without compression."""
+    with open(path, "rb") as file:
+        if codec := CODECS.get(path.suffix):
+            yield file, BufferedReader(pa.CompressedInputStream(file, codec), READ_BUFFER)
+        else:
+            yield file, file
+
+
+def _parse(line: bytes, number: int) -> dict[str, Any]:
     try:
         document = json.loads(line)
     except ValueError as error:
@@ -136,7 +178,8 @@ def _parse(line: bytes, number: int) -> dict:
     return document
 
 
-def _require(columns: list[str], found: Iterable[str]) -> None:
+def _choose(columns: list[str], found: Iterable[str]) -> list[str]:
+    """Those of `found` to read: `columns`, the first of them the text, and id if there is one."""
     text_column, *others = columns
     if text_column not in found:
         raise UserError(
@@ -144,12 +187,14 @@ def _require(columns: list[str], found: Iterable[str]) -> None:
         )
     if missing := [name for name in others if name not in found]:
         raise UserError(f"lacks {', '.join(missing)}, its columns are {', '.join(found)}; drop that filter of prepare")
+    return [name for name in dict.fromkeys([*columns, "id"]) if name in found]
 
 
 # By the endings of the names: each yields the rows of a file with at least the columns it is given (and id, if there is
 # one), and the bytes of the file read for them.
 READERS: dict[str, Callable[[Path, list[str]], Iterator[tuple[pa.RecordBatch, float]]]] = {
     ".parquet": _read_parquet,
-    ".jsonl": _read_jsonl,
-    ".jsonl.gz": _read_jsonl,
+    **{f".jsonl{packed}": _read_jsonl for packed in ("", *CODECS)},
+    **{f".json{packed}": _read_jsonl for packed in ("", *CODECS)},
+    **{f".txt{packed}": _read_text for packed in ("", *CODECS)},
 }
