@@ -1,4 +1,4 @@
-"""A server on loopback that speaks the hub's protocol for one public repository, and misbehaves where it is told to."""
+"""A server on loopback that speaks the hub's protocol for one repository, with faults on demand."""
 
 import json
 import re
@@ -13,7 +13,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from threading import Lock, Thread
 from time import sleep
-from urllib.parse import unquote, urlsplit
+from urllib.parse import parse_qs, unquote, urlsplit
 
 REPOSITORY, COMMIT = "someone/gpt2-tiny", "0123456789abcdef0123456789abcdef01234567"
 # Files that the hub keeps with Git LFS: named by SHA-256, and served by another host.
@@ -25,8 +25,8 @@ PAGE = 3
 class Fault:
     """What happens once, to the first request like `pattern` (method and path): a status, or a body that is wrong.
 
-    cut: bytes after which the connection ends; reset: likewise, without a goodbye; longer: how much more the header
-    promises; garbage: other bytes; slow: seconds for each piece of a KiB.
+    cut: bytes after which the connection ends; reset: likewise, by a reset; short: bytes that are missing in header and
+    body alike; slow: seconds for each piece of a KiB.
     """
 
     pattern: str
@@ -34,13 +34,12 @@ class Fault:
     headers: dict[str, str] = field(default_factory=dict)
     cut: int | None = None
     reset: int | None = None
-    longer: int = 0
-    garbage: bool = False
+    short: int = 0
     slow: float = 0
 
 
 class Hub:
-    """A repository: folders by commit, the commit of main, what was asked for, and faults still to come.
+    """A repository: folders by commit, the commit of main, the requests so far, and faults still to come.
 
     The API names datasets api/datasets/…, their files datasets/…; models have no such prefix there.
     """
@@ -49,8 +48,7 @@ class Hub:
         self.repository, self.kind = repository, kind
         self.commits, self.main = {COMMIT: folder}, COMMIT
         self.asked: list[str] = []
-        # Of each request for the content of a file: the byte it began with, and its Authorization.
-        self.begins: list[int] = []
+        # The Authorization of each request for the content of a file.
         self.tokens: list[str | None] = []
         self.faults: list[Fault] = []
         self.address = ""
@@ -69,9 +67,6 @@ class Hub:
                     return fault
         return Fault("")
 
-    def folder_of(self, revision: str) -> Path | None:
-        return self.commits.get(self.main if revision == "main" else revision)
-
 
 def _hash(name: str, content: bytes) -> str:
     if name.endswith(LARGE):
@@ -83,40 +78,35 @@ class _Handler(BaseHTTPRequestHandler):
     hub: Hub
 
     def do_HEAD(self) -> None:
-        self._respond()
+        self.do_GET()
 
     def do_GET(self) -> None:
-        self._respond()
-
-    def _respond(self) -> None:
-        path = unquote(urlsplit(self.path).path).strip("/")
+        url = urlsplit(self.path)
+        path = unquote(url.path).strip("/")
         self.fault = self.hub.next_fault(f"{self.command} {path}")
-        prefix = "datasets/" if self.hub.kind == "dataset" else ""
         if self.fault.status:
-            self._send(self.fault.status, b"", self.fault.headers)
-        elif path.startswith("cdn/"):
-            self._send_content((Path(*path.split("/")[1:])).as_posix())
-        elif path.startswith(f"api/{self.hub.kind}s/"):
-            self._answer_api(path.removeprefix(f"api/{self.hub.kind}s/"))
-        else:
-            self._resolve(path.removeprefix(prefix))
-
-    def _answer_api(self, path: str) -> None:
-        match = re.fullmatch(r"(.+?)/(revision|tree)/([^/]+)", path)
-        repository, what, revision = match.groups() if match else (path, "revision", "main")
-        folder = self.hub.folder_of(revision)
+            return self._send(self.fault.status, b"", self.fault.headers)
+        if path.startswith("cdn/"):
+            return self._send_content(Path("/", path.removeprefix("cdn/")))
+        path = path.removeprefix(f"api/{self.hub.kind}s/").removeprefix("datasets/")
+        match = re.fullmatch(r"(.+?)/(revision|tree|resolve)/([^/]+)/?(.*)", path)
+        repository, what, revision, name = match.groups() if match else (path, "revision", "main", "")
+        commit = self.hub.main if revision == "main" else revision
         if repository != self.hub.repository:
             return self._refuse("RepoNotFound")
-        if folder is None:
+        if commit not in self.hub.commits:
             return self._refuse("RevisionNotFound")
         if what == "revision":
-            commit = self.hub.main if revision == "main" else revision
             return self._send_json({"id": repository, "sha": commit, "tags": [], "siblings": []})
+        if what == "tree":
+            return self._send_page(self.hub.commits[commit], path, int(parse_qs(url.query).get("cursor", ["0"])[0]))
+        return self._resolve(self.hub.commits[commit], name, {"X-Repo-Commit": commit})
+
+    def _send_page(self, folder: Path, path: str, number: int) -> None:
         files = sorted(path for path in folder.rglob("*") if path.is_file())
-        number = int(dict(part.split("=") for part in urlsplit(self.path).query.split("&")).get("cursor", 0))
         link = f'<{self.hub.address}/api/{self.hub.kind}s/{path}?cursor={number + PAGE}>; rel="next"'
         more = {"Link": link} if number + PAGE < len(files) else {}
-        return self._send_json([self._entry(file, folder) for file in files[number : number + PAGE]], more)
+        self._send_json([self._entry(file, folder) for file in files[number : number + PAGE]], more)
 
     def _entry(self, file: Path, folder: Path) -> dict:
         content, name = file.read_bytes(), file.relative_to(folder).as_posix()
@@ -125,15 +115,7 @@ class _Handler(BaseHTTPRequestHandler):
             entry["lfs"] = {"oid": _hash(name, content), "size": len(content), "pointerSize": 134}
         return entry
 
-    def _resolve(self, path: str) -> None:
-        repository, _, rest = path.partition("/resolve/")
-        revision, _, name = rest.partition("/")
-        folder = self.hub.folder_of(revision)
-        if repository != self.hub.repository:
-            return self._refuse("RepoNotFound")
-        if folder is None:
-            return self._refuse("RevisionNotFound")
-        commit = {"X-Repo-Commit": self.hub.main if revision == "main" else revision}
+    def _resolve(self, folder: Path, name: str, commit: dict[str, str]) -> None:
         if not (folder / name).is_file():
             return self._refuse("EntryNotFound", commit)
         content = (folder / name).read_bytes()
@@ -142,20 +124,15 @@ class _Handler(BaseHTTPRequestHandler):
             # Another host, to which no token may go.
             port = urlsplit(self.hub.address).port
             return self._send(302, b"", {**commit, **linked, "Location": f"http://localhost:{port}/cdn{folder / name}"})
-        return self._send_content(str(folder / name).lstrip("/"), commit | {"ETag": f'"{_hash(name, content)}"'})
+        return self._send_content(folder / name, commit | {"ETag": f'"{_hash(name, content)}"'})
 
-    def _send_content(self, path: str, headers: dict | None = None) -> None:
-        content = Path("/", path).read_bytes()
+    def _send_content(self, path: Path, headers: dict | None = None) -> None:
+        content = path.read_bytes()
         begin = int((self.headers.get("Range") or "bytes=0-").removeprefix("bytes=").split("-")[0])
         if self.command == "GET":
-            self.hub.begins.append(begin)
             self.hub.tokens.append(self.headers.get("Authorization"))
-        if begin and begin >= len(content):
-            return self._send(416, b"")
-        if self.fault.garbage:
-            content = bytes(byte ^ 1 for byte in content)
         span = {"Content-Range": f"bytes {begin}-{len(content) - 1}/{len(content)}"} if "Range" in self.headers else {}
-        self._send(206 if span else 200, content[begin:], {**(headers or {}), **span})
+        self._send(206 if span else 200, content[begin : len(content) - self.fault.short], {**(headers or {}), **span})
 
     def _refuse(self, code: str, headers: dict | None = None) -> None:
         self._send(404, b"", {"X-Error-Code": code, **(headers or {})})
@@ -165,19 +142,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def _send(self, status: int, content: bytes, headers: dict | None = None) -> None:
         self.send_response(status)
-        for key, value in (headers or {}).items():
+        for key, value in {**(headers or {}), "Content-Length": str(len(content))}.items():
             self.send_header(key, value)
-        self.send_header("Content-Length", str(len(content) + self.fault.longer))
         self.end_headers()
         if self.command == "HEAD":
             return
         end = next((at for at in (self.fault.cut, self.fault.reset) if at is not None), len(content))
-        if self.fault.slow:
-            for start in range(0, end, 1024):
-                self.wfile.write(content[start : start + 1024])
-                sleep(self.fault.slow)
-        else:
-            self.wfile.write(content[:end])
+        step = 1024 if self.fault.slow else end + 1
+        for start in range(0, end, step):
+            self.wfile.write(content[start : min(end, start + step)])
+            sleep(self.fault.slow)
         if self.fault.reset is not None:
             self.wfile.flush()
             sleep(0.2)

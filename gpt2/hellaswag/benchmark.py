@@ -4,7 +4,7 @@ import json
 import re
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -45,7 +45,11 @@ class BenchmarkConfig(Config):
 
     @model_validator(mode="after")
     def _complete(self) -> "BenchmarkConfig":
-        needed = {"heldout": ("items", "context_words", "ending_words"), "file": ("path",), "hub": ()}
+        needed: dict[str, tuple[str, ...]] = {
+            "heldout": ("items", "context_words", "ending_words"),
+            "file": ("path",),
+            "hub": (),
+        }
         if missing := [key for key in needed[self.source] if getattr(self, key) is None]:
             raise ValueError(f"source={self.source} needs {', '.join(missing)}; set them")
         return self
@@ -58,16 +62,17 @@ class Passage(NamedTuple):
     ending: str
 
 
-def make_items(config: BenchmarkConfig, corpus: Path) -> list[dict]:
+def make_items(config: BenchmarkConfig, corpus: Path) -> list[dict[str, Any]]:
     """The items of the chosen source. Raises UserError if it cannot be read or breaks HellaSwag's form."""
     if config.source == "heldout":
         return heldout_items(read_split(corpus, "test"), config)
     if config.source == "file":
+        assert config.path is not None  # BenchmarkConfig refuses it
         return _take(list(read_items(config.path)), config.items, str(config.path))
     return _take(list(_read_hub(config)), config.items, config.dataset)
 
 
-def _take(items: list[dict], n: int | None, place: str) -> list[dict]:
+def _take(items: list[dict[str, Any]], n: int | None, place: str) -> list[dict[str, Any]]:
     """The first `n`, or all. Raises UserError if there are fewer, or if HellaSwag's number is asked of another set."""
     if n is not None and (len(items) < n or (n == WHOLE and len(items) != WHOLE)):
         whole = " of the whole validation split of HellaSwag" if n == WHOLE else ""
@@ -78,14 +83,14 @@ def _take(items: list[dict], n: int | None, place: str) -> list[dict]:
     return items[:n]
 
 
-def write_items(path: Path, items: Sequence[dict]) -> None:
+def write_items(path: Path, items: Sequence[dict[str, Any]]) -> None:
     """Write items as JSON lines in ASCII. Raises UserError if there is none."""
     if not items:
         raise UserError(f"{path} would hold no item; choose another benchmark.source")
     write_text(path, "".join(json.dumps(item) + "\n" for item in items))
 
 
-def heldout_items(documents: Iterator[str], config: BenchmarkConfig) -> list[dict]:
+def heldout_items(documents: Iterator[str], config: BenchmarkConfig) -> list[dict[str, Any]]:
     """Items that ask which of four endings continues a passage; the other three continue passages of other documents.
 
     Passages have context_words + ending_words words and do not overlap. White space between words becomes one line end
@@ -118,6 +123,7 @@ def heldout_items(documents: Iterator[str], config: BenchmarkConfig) -> list[dic
 
 def _gather(documents: Iterator[str], config: BenchmarkConfig) -> list[list[Passage]]:
     """Passages by document, their endings distinct; documents without any are left out."""
+    assert config.items and config.context_words and config.ending_words  # BenchmarkConfig refuses it
     by_document: list[list[Passage]] = []
     endings: set[str] = set()
     for text in documents:
@@ -149,14 +155,14 @@ def _passages(text: str, context_words: int, ending_words: int, endings: set[str
 def is_prose(text: str) -> bool:
     """Whether at least half the words are of letters, with punctuation around them, and none is overlong.
 
-    Text with square brackets is refused too: the harness protocol of HellaSwag deletes what stands between them.
+    Text with square brackets is refused too: the harness protocol of HellaSwag deletes what is between them.
     """
     words = text.split()
     of_letters = sum(word.strip("\"'`*.,:;!?()").isalpha() for word in words)
     return 2 * of_letters >= len(words) and max(map(len, words)) <= LONGEST_WORD and not {"[", "]"} & set(text)
 
 
-def _item(ind: int, context: str, endings: list[str], label: int) -> dict:
+def _item(ind: int, context: str, endings: list[str], label: int) -> dict[str, Any]:
     return {
         "ind": ind,
         "activity_label": "Continuation",
@@ -168,7 +174,7 @@ def _item(ind: int, context: str, endings: list[str], label: int) -> dict:
     }
 
 
-def _read_hub(config: BenchmarkConfig) -> Iterator[dict]:
+def _read_hub(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
     remedy = "set benchmark.source to file and benchmark.path to a local copy, or to heldout"
     for name, path in open_dataset(config.dataset, config.revision, config.files).fetch():
         try:

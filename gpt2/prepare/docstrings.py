@@ -20,6 +20,7 @@ from gpt2.pipeline.workers import in_order
 from gpt2.prepare.corpus import Document
 
 ATTACHERS = {"add_docstr", "add_docstr_all", "add_newdoc", "add_newdoc_for_scalar_type"}
+Documented = ast.Module | ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 DEFINITIONS = (ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
 # Statements within statements; expressions hold no documentation and are most of the tree.
 BLOCKS = (ast.stmt, ast.ExceptHandler, ast.match_case)
@@ -99,7 +100,7 @@ def _walk(node: ast.AST, name: str) -> Iterator[Document]:
             yield from _walk(child, name)
 
 
-def _own_docstring(node: ast.AST, name: str) -> Iterator[Document]:
+def _own_docstring(node: Documented, name: str) -> Iterator[Document]:
     if text := ast.get_docstring(node):
         yield _document(text, name)
 
@@ -120,9 +121,12 @@ def _attached(node: ast.Expr | ast.Assign, module: str) -> Iterator[Document]:
     if "." not in name:
         name = f"{module}.{name}"
     for entry in last.elts if isinstance(last, ast.List) else [last]:
-        pair = isinstance(entry, ast.Tuple) and len(entry.elts) == 2
-        full_name = f"{name}.{_literal(entry.elts[0])}" if pair else name
-        if text := inspect.cleandoc(_literal(entry.elts[1] if pair else entry)):
+        match entry:
+            case ast.Tuple(elts=[method, body]):
+                full_name = f"{name}.{_literal(method)}"
+            case body:
+                full_name = name
+        if text := inspect.cleandoc(_literal(body)):
             yield _document(text, full_name)
 
 

@@ -21,7 +21,7 @@ from typing import Any, TypeVar
 
 import huggingface_hub
 from httpx2 import HTTPError
-from huggingface_hub import errors
+from huggingface_hub import errors, utils
 from tqdm import tqdm
 
 from gpt2.pipeline.files import UserError
@@ -88,7 +88,7 @@ class _LoggedBar(tqdm):
         return super().update(n)
 
     def display(self, *_: Any, **__: Any) -> None:
-        log.info("%s", self)
+        log.info(str(self))
 
 
 def open_dataset(
@@ -105,8 +105,8 @@ def open_dataset(
     but the data set card. A branch or tag is resolved to its commit once. With HF_HUB_OFFLINE the cache must hold
     revision, list of files and card. Raises UserError naming what is missing.
     """
-    huggingface_hub.utils.disable_progress_bars()
-    huggingface_hub.utils.logging.set_verbosity_error()
+    utils.disable_progress_bars()
+    utils.logging.set_verbosity_error()
     # It logs every request, with the signatures in its address.
     logging.getLogger("httpx2").setLevel(logging.WARNING)
     place = f"{dataset} at revision {revision}"
@@ -145,10 +145,11 @@ def _split_files(names: Sequence[str], card: str, config: str | None, endings: S
 
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary).resolve() / "files"
+        folder.mkdir()
+        (folder / CARD).write_text(card, "utf-8")
         for name in names:
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             (folder / name).touch()
-        (folder / CARD).write_text(card, "utf-8")
         try:
             splits = load_dataset_builder(str(folder), config, cache_dir=temporary).config.data_files
         except FileNotFoundError as error:

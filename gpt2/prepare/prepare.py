@@ -15,7 +15,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from fractions import Fraction
 from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple
 
 import numpy as np
 import pyarrow as pa
@@ -50,10 +50,10 @@ class PrepareConfig(Config):
     # docs: installed distributions, in this order.
     packages: tuple[str, ...] = ()
     # files: a folder of Parquet, JSON lines or text files, read recursively.
-    path: Path = Path()
+    path: Path | None = None
     # hub: a data set of the Hugging Face hub, and its commit or branch.
-    dataset: str = ""
-    revision: str = ""
+    dataset: str | None = None
+    revision: str | None = None
     # hub: a pattern for the names of its files, or else a config (null: the default one) and a split.
     files: str | None = None
     config: str | None = None
@@ -85,7 +85,7 @@ class PrepareConfig(Config):
             "fineweb_edu": hub,
         }
         for key, value in needed[self.source].items():
-            if getattr(self, key) in ((), "", Path()):
+            if not getattr(self, key):
                 raise ValueError(f"source={self.source} needs {key}; set it to {value}")
         if self.files is not None and self.config is not None:
             raise ValueError(f"files={self.files} and config={self.config} exclude each other; set one to null")
@@ -101,13 +101,13 @@ class PrepareConfig(Config):
 
 def prepare(
     config: PrepareConfig, folder: Path, workers: int, earlier: Mapping[str, object] | None = None
-) -> dict[str, int | float | str]:
+) -> dict[str, Any]:
     """Write the corpus to `folder` and return its figures.
 
     The split of a document depends on its text alone, so neither the order of the files nor `workers`, the number of
     processes that parse documentation, moves one. Of equal texts the first is kept. `earlier` are the figures of a run
-    before, which tell where the hub stood then. Raises UserError, and leaves an earlier corpus as it was, if the source
-    cannot be read, is another than then, or a split would be empty.
+    before, with the commit that it read. Raises UserError, and leaves an earlier corpus as it was, if the source
+    cannot be read, has changed since, or a split would be empty.
     """
     dropped: Counter[str] = Counter()
     batches, origin = _open(config, workers, earlier or {})
@@ -124,7 +124,7 @@ def prepare(
                 f"no document is left: {dropped['empty']} are empty and {dropped['short']} are shorter than "
                 f"prepare.min_chars={config.min_chars}{filtered}; ask for less or choose another source"
             )
-    figures = {"documents": n_kept, "bytes": sum(writer.bytes for writer in writers.values())}
+    figures: dict[str, Any] = {"documents": n_kept, "bytes": sum(writer.bytes for writer in writers.values())}
     for split in SPLITS:
         figures[f"documents_{split}"] = writers[split].documents
         figures[f"bytes_{split}"] = writers[split].bytes
@@ -149,15 +149,19 @@ def read_earlier(path: Path) -> dict[str, object]:
 
 def _open(config: PrepareConfig, workers: int, earlier: Mapping[str, object]) -> tuple[Iterator[Batch], dict[str, str]]:
     """The documents, and figures that say what they come from."""
+    origin: dict[str, str] = {}
     if config.source == "docs":
         documents = read_docstrings(config.packages, workers)
         return _logged(_in_batches(documents)), {f"{name}_version": package_version(name) for name in config.packages}
     if config.source == "files":
-        source, origin = find_files(config.path), {}
+        assert config.path is not None  # PrepareConfig refuses it
+        source = find_files(config.path)
     else:
+        assert config.dataset is not None and config.revision is not None  # likewise
         whole = config.max_documents is None and config.max_bytes is None
-        source, commit = find_on_hub(config.dataset, config.revision, config.files, config.config, config.split, whole)
-        _refuse_change(config, commit, earlier)
+        place = (config.dataset, config.revision, config.files, config.config, config.split)
+        source, commit = find_on_hub(*place, whole)
+        _refuse_change(config.dataset, config.revision, commit, earlier)
         origin = {"dataset": config.dataset, "revision": commit}
     numbers, strings = (
         [column for key, (column, _) in filters.items() if getattr(config, key) is not None]
@@ -166,14 +170,13 @@ def _open(config: PrepareConfig, workers: int, earlier: Mapping[str, object]) ->
     return _logged(read_source(source, config.text_column, numbers, strings), source), origin
 
 
-def _refuse_change(config: PrepareConfig, commit: str, earlier: Mapping[str, object]) -> None:
+def _refuse_change(dataset: str, revision: str, commit: str, earlier: Mapping[str, object]) -> None:
     before = earlier.get("revision")
-    if COMMIT.fullmatch(config.revision) or earlier.get("dataset") != config.dataset or before == commit:
-        return
-    raise UserError(
-        f"prepare.revision={config.revision} of {config.dataset} was {before} in the last run and is {commit} now; set "
-        "it to the one that is meant"
-    )
+    if not COMMIT.fullmatch(revision) and earlier.get("dataset") == dataset and before != commit:
+        raise UserError(
+            f"prepare.revision={revision} of {dataset} was {before} in the last run and is {commit} now; set it to the "
+            "one that is meant"
+        )
 
 
 def _in_batches(documents: Iterable[Document]) -> Iterator[Batch]:
@@ -192,7 +195,7 @@ class Kept(NamedTuple):
 def _kept(batches: Iterable[Batch], config: PrepareConfig, dropped: Counter[str]) -> Iterator[Kept]:
     """Yield the documents to keep, up to the slice that is asked for; count the others by reason in `dropped`.
 
-    Duplicates are told by the second 64 bits of SHA-256: among ten million documents one is taken for another by
+    Texts are duplicates if the second 64 bits of their SHA-256 are equal: among ten million documents that happens by
     chance in 1 of 370,000 corpora.
     """
     seen = SeenKeys()
@@ -208,7 +211,7 @@ def _kept(batches: Iterable[Batch], config: PrepareConfig, dropped: Counter[str]
         kept, digests = np.flatnonzero(reasons == ""), digests[new, 0]
         sizes = pc.binary_length(rows["text"].take(pa.array(kept))).to_numpy().cumsum()
         fit = int(min(room_documents, np.searchsorted(sizes, room_bytes, side="right"), len(kept)))
-        # What lies behind the end of the slice is not counted.
+        # What follows the end of the slice is not counted.
         read = len(reasons) if fit == len(kept) else kept[fit]
         dropped.update(reasons[:read][reasons[:read] != ""].tolist())
         rows = rows.take(pa.array(kept[:fit]))
@@ -222,7 +225,7 @@ def _kept(batches: Iterable[Batch], config: PrepareConfig, dropped: Counter[str]
 
 
 def _faults(rows: pa.RecordBatch, config: PrepareConfig) -> np.ndarray:
-    """Why each row is dropped, in a word; "" if it stays."""
+    """The reason why each row is dropped; "" if it stays."""
     sound = {
         "empty": pc.not_equal(pc.utf8_ltrim_whitespace(rows["text"]), ""),
         "short": pc.greater_equal(pc.utf8_length(rows["text"]), config.min_chars),
@@ -254,12 +257,12 @@ def _bounds(config: PrepareConfig) -> np.ndarray:
 
 
 def _logged(batches: Iterable[Batch], source: Source | None = None) -> Iterator[Batch]:
-    """Pass batches through; tell at intervals how far they are, the rate and the time left, on a terminal as a bar."""
+    """Pass batches through; log at intervals how far they are, the rate and the time left, on a terminal as a bar."""
     started = logged = time.monotonic()
     n_text, n_bytes = 0, 0.0
     files: set[str] = set()
     # disable=None: no bar where stderr is not a terminal.
-    with tqdm(total=source and source.n_bytes, unit="B", unit_scale=True, disable=None) as bar:
+    with tqdm(total=source.n_bytes if source else None, unit="B", unit_scale=True, disable=None) as bar:
         for batch in batches:
             yield batch
             n_text += batch.rows["text"].nbytes

@@ -184,6 +184,6 @@ def test_a_damaged_file_is_named_with_a_remedy(tmp_path, damage, name):
 def test_an_absent_folder_and_one_without_data_are_named(tmp_path):
     with pytest.raises(UserError, match=r"prepare\.path = .*absent.* is not a folder"):
         find_files(tmp_path / "absent")
-    (tmp_path / "notes.txt").write_text("no data")
-    with pytest.raises(UserError, match=r"holds no file named \*\.parquet, \*\.jsonl, \*\.jsonl\.gz"):
+    (tmp_path / "notes.csv").write_text("no data")
+    with pytest.raises(UserError, match=r"holds no file named \*\.parquet, .*\*\.jsonl\.zst"):
         find_files(tmp_path)
