@@ -16,7 +16,7 @@ from gpt2.pipeline.files import UserError
 SPLITS = ("train", "val", "test")
 SCHEMA = pa.schema([("text", pa.string()), ("id", pa.string())])
 # A row group is what a reader holds in memory at once. Ordinary text reaches the number of documents first.
-ROW_GROUP_DOCUMENTS, ROW_GROUP_BYTES = 1_000, 2**25
+ROW_GROUP_DOCUMENTS, ROW_GROUP_BYTES = 1_000, 2**24
 FILE_DOCUMENTS = 100_000
 
 

@@ -5,7 +5,7 @@ import pytest
 
 from gpt2.pipeline.files import UserError
 from gpt2.prepare import corpus
-from gpt2.prepare.corpus import SPLITS, Document, new_corpus, read_split
+from gpt2.prepare.corpus import SPLITS, Document, batch_of, new_corpus, read_split
 
 TEXTS = ["plain", "line\nends\r\n", "ünïcode 漢字 🙂", " spaces kept "]
 
@@ -48,9 +48,15 @@ def test_files_and_row_groups_are_bounded_and_nothing_is_lost(tmp_path, monkeypa
         assert all(footer.row_group(i).num_rows <= 2 for i in range(footer.num_row_groups))
 
 
-def test_the_same_documents_give_the_same_bytes(tmp_path):
-    write(tmp_path / "one")
-    write(tmp_path / "two")
+def test_the_same_documents_give_the_same_bytes_however_they_come(tmp_path, monkeypatch):
+    monkeypatch.setattr(corpus, "ROW_GROUP_BYTES", 40)
+    write(tmp_path / "one", 20)
+    with new_corpus(tmp_path / "two") as writers:
+        writers["train"].add_batch(batch_of([Document(f"train {i}", str(i)) for i in range(20)]))
+        for split in ("val", "test"):
+            writers[split].add_batch(batch_of([Document(text, split) for text in TEXTS]))
+    footer = pq.ParquetFile(tmp_path / "one/train/00000.parquet").metadata
+    assert [footer.row_group(i).num_rows for i in range(footer.num_row_groups)] == [6, 6, 5, 3]
     assert contents(tmp_path / "one") == contents(tmp_path / "two")
 
 

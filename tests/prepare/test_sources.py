@@ -1,6 +1,5 @@
-"""Folders of Parquet and JSONL files are read in order, without a network, and their faults are named."""
+"""Folders of Parquet, JSON lines and text files are read in order, without a network, and their faults are named."""
 
-import gzip
 import json
 import socket
 
@@ -9,6 +8,7 @@ import pyarrow.parquet as pq
 import pytest
 
 from gpt2.pipeline.files import UserError
+from gpt2.prepare import sources
 from gpt2.prepare.sources import BATCH_DOCUMENTS, find_files, read_source
 
 
@@ -33,10 +33,15 @@ def texts(folder, text_column="text"):
     return [row["text"] for row in read(folder, text_column)]
 
 
+def packed(path, data: bytes) -> bytes:
+    """`data` compressed as the ending of `path` says."""
+    codec = {".gz": "gzip", ".zst": "zstd"}.get(path.suffix)
+    return pa.compress(data, codec, asbytes=True) if codec else data
+
+
 def write_jsonl(path, rows):
     path.parent.mkdir(parents=True, exist_ok=True)
-    data = "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8")
-    path.write_bytes(gzip.compress(data) if path.suffix == ".gz" else data)
+    path.write_bytes(packed(path, "".join(json.dumps(row) + "\n" for row in rows).encode("utf-8")))
 
 
 def write_parquet(path, columns):
@@ -55,6 +60,31 @@ def test_all_formats_are_read_in_order_of_relative_names(tmp_path):
         ("third", "c.jsonl:1"),
         ("fourth", "c.jsonl:2"),
     ]
+
+
+@pytest.mark.parametrize(
+    "name", [f"a{kind}{packing}" for kind in (".jsonl", ".json") for packing in ("", ".gz", ".zst")]
+)
+def test_json_lines_are_read_under_each_name_and_packing(tmp_path, name):
+    write_jsonl(tmp_path / name, [{"text": f"ünïcode {i}"} for i in range(2500)])
+    assert texts(tmp_path) == [f"ünïcode {i}" for i in range(2500)]
+
+
+@pytest.mark.parametrize("name", ["a.txt", "a.txt.gz", "a.txt.zst"])
+def test_a_text_file_is_one_document(tmp_path, name):
+    content = "First line, ünïcode.\r\n\nSecond.\n"
+    (tmp_path / name).write_bytes(packed(tmp_path / name, content.encode("utf-8")))
+    assert read(tmp_path, "body") == [{"text": content, "id": f"{name}:1"}]
+
+
+def test_a_batch_is_bounded_in_bytes(tmp_path, monkeypatch):
+    monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
+    rows = {"text": [str(i) * 100 for i in range(90)], "id": [str(i) for i in range(90)]}
+    write_parquet(tmp_path / "a.parquet", rows)
+    write_jsonl(tmp_path / "b.jsonl", pa.table(rows).to_pylist())
+    batches = list(read_source(find_files(tmp_path), "text", [], []))
+    assert [row for batch in batches for row in batch.rows.to_pylist()] == 2 * pa.table(rows).to_pylist()
+    assert max(batch.rows.nbytes for batch in batches) < 4000
 
 
 def test_names_are_not_patterns(tmp_path):
@@ -163,8 +193,10 @@ def no_rows(path):
     ("damage", "name"),
     [
         (latin_1, "bad.jsonl"),
+        (latin_1, "bad.txt"),
         (not_json, "bad.jsonl"),
         (cut_in_half, "bad.jsonl.gz"),
+        (cut_in_half, "bad.jsonl.zst"),
         (cut_in_half, "bad.parquet"),
         (flipped_bytes, "bad.jsonl.gz"),
         (damaged_page, "bad.parquet"),
