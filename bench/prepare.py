@@ -1,4 +1,4 @@
-"""The stage prepare on Parquet files, beside the parts of its work that nobody can leave out.
+"""The stage prepare on Parquet files, and the parts of its work that nobody can leave out.
 
     python -m bench.prepare FOLDER [--rounds 3]        # a folder of Parquet files with a column text, some 100 MB
 

@@ -101,8 +101,8 @@ def open_dataset(
 ) -> HubFiles:
     """The files of a data set at a revision that match `pattern` (* also matches /), or else those of config and split.
 
-    Of config and split, only names with one of `endings` count; config None is the default one. Nothing is downloaded
-    but the data set card. A branch or tag is resolved to its commit once. With HF_HUB_OFFLINE the cache must hold
+    Of config and split, only names with one of `endings` count; config None is the default one. Only the data set card
+    is downloaded here. A branch or tag is resolved to its commit once. With HF_HUB_OFFLINE the cache must hold
     revision, list of files and card. Raises UserError naming what is missing.
     """
     utils.disable_progress_bars()
@@ -112,7 +112,7 @@ def open_dataset(
     place = f"{dataset} at revision {revision}"
     resolve = partial(huggingface_hub.resolve_revision, dataset, repo_type="dataset", revision=revision)
     commit = _ask(resolve, place).resolved
-    sizes, card = _ask(lambda: _list_files(dataset, commit), place)
+    sizes, card = _ask(lambda: _list_files(dataset, commit, pattern is None), place)
     if pattern is not None:
         names = [name for name in sizes if fnmatchcase(name, pattern)]
     else:
@@ -122,16 +122,16 @@ def open_dataset(
             raise UserError(f"{place} has no split {split}, but {', '.join(splits)}; name one of these")
     if not names:
         some = ", ".join(list(sizes)[:5])
-        raise UserError(f"{place} has no file {pattern}; it has {len(sizes)} files, such as {some}: name those meant")
+        raise UserError(f"{place} holds no file {pattern}; it has {len(sizes)} files, such as {some}: name those meant")
     return HubFiles(dataset, commit, sorted(names), sum(sizes[name] for name in names))
 
 
-def _list_files(dataset: str, commit: str) -> tuple[dict[str, int], str]:
-    """Sizes of all files by name, in order of the names, and the text of the data set card ("" if there is none)."""
-    repository = {"repo_id": dataset, "repo_type": "dataset", "revision": commit}
+def _list_files(dataset: str, commit: str, with_card: bool) -> tuple[dict[str, int], str]:
+    """Sizes of all files by name, in order of the names, and the text of the data set card, "" if there is none."""
     # This call also puts the list of all files into the cache.
-    folder: Any = huggingface_hub.snapshot_download(**repository, allow_patterns=CARD)  # type: ignore[call-overload]  # ** of strings
-    files = huggingface_hub.get_cached_repo_tree(**repository)  # type: ignore[arg-type]  # likewise
+    wanted = [CARD] if with_card else []
+    folder = huggingface_hub.snapshot_download(dataset, repo_type="dataset", revision=commit, allow_patterns=wanted)
+    files = huggingface_hub.get_cached_repo_tree(dataset, repo_type="dataset", revision=commit)
     card = Path(folder, CARD)
     return dict(sorted((file.path, file.size) for file in files)), card.read_text("utf-8") if card.is_file() else ""
 

@@ -48,7 +48,7 @@ unrelated("pkg.core", """Not documentation.""")
 
 
 def write_package(folder: Path, name: str, files: dict[str, str], version: str = "1.2.3+cpu") -> None:
-    """An installed distribution: sources beside a dist-info folder that lists them."""
+    """An installed distribution: sources next to a dist-info folder that lists them."""
     for path, text in files.items():
         (folder / path).parent.mkdir(parents=True, exist_ok=True)
         (folder / path).write_text(text, encoding="utf-8")

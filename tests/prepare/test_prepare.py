@@ -244,8 +244,8 @@ def test_progress_is_logged_with_rate_files_and_time_left(tmp_path, monkeypatch,
 
 # --- bounded memory
 
-# Prints the bytes of the corpus, and the most that Arrow held at once. (The peak of the process would begin with that of
-# the one that started it.)
+# Prints the bytes of the corpus, and the most that Arrow held at once: the peak of a process would begin with that of
+# the one that started it.
 MEMORY = """
 from pathlib import Path
 import pyarrow
