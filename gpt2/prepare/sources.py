@@ -17,8 +17,8 @@ from gpt2.prepare.hub import open_dataset
 
 # A batch ends with the document that reaches one of these.
 BATCH_DOCUMENTS, BATCH_BYTES = 1_000, 2**24
-# Rows decoded at once, at most. Few, since each may be long, but of fewer than eight each one costs time.
-PARQUET_ROWS = 8
+# Rows decoded at once, at most, and their bytes if all are of mean length: few, since some may be far longer.
+PARQUET_ROWS, PARQUET_BYTES = 32, 2**18
 READ_BUFFER = 2**20
 # Files of the hub that are downloaded while another is read.
 HUB_AHEAD = 3
@@ -130,7 +130,7 @@ def _read_parquet(path: Path, columns: list[str]) -> Iterator[tuple[pa.RecordBat
         names = _choose(columns, file.schema_arrow.names)
         groups = [file.metadata.row_group(i) for i in range(file.metadata.num_row_groups)]
         row_bytes = sum(group.total_byte_size for group in groups) // max(1, file.metadata.num_rows)
-        n_rows = max(1, min(PARQUET_ROWS, BATCH_BYTES // max(1, row_bytes)))
+        n_rows = max(1, min(PARQUET_ROWS, PARQUET_BYTES // max(1, row_bytes)))
         parts = file.iter_batches(n_rows, columns=names, use_threads=False)
         for some in grouped(((part, part.nbytes) for part in parts), BATCH_DOCUMENTS // n_rows):
             rows = pa.concat_batches(some)
