@@ -79,6 +79,7 @@ def test_a_text_file_is_one_document(tmp_path, name):
 
 def test_a_batch_is_bounded_in_bytes(tmp_path, monkeypatch):
     monkeypatch.setattr(sources, "BATCH_BYTES", 1000)
+    monkeypatch.setattr(sources, "PARQUET_BYTES", 500)
     rows = {"text": [str(i) * 100 for i in range(90)], "id": [str(i) for i in range(90)]}
     write_parquet(tmp_path / "a.parquet", rows)
     write_jsonl(tmp_path / "b.jsonl", pa.table(rows).to_pylist())
