@@ -1,44 +1,19 @@
 """prune: which heads the trained model can lose, by criteria and repairs side by side, and the model that is left."""
 
-from dataclasses import dataclass
 from pathlib import Path
 
-from torch import Tensor
-
-from gpt2.data.order import TrainOrder
-from gpt2.data.shards import TokenSet
 from gpt2.data.vocabulary import copy_vocabulary
-from gpt2.data.windows import spread_windows
-from gpt2.heads.similarity import list_heads, load_similarities
+from gpt2.heads.similarity import load_similarities
 from gpt2.hellaswag.items import load_benchmark
 from gpt2.hellaswag.scoring import HellaswagConfig
 from gpt2.model.dist import setup_device
-from gpt2.model.evaluate import require_fit
-from gpt2.model.gpt import GPT
 from gpt2.model.weights import load_model, save_model
 from gpt2.pipeline.files import write_csv, write_json
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.stage import Stage
-from gpt2.prune.criteria import rank_heads, score_taylor
-from gpt2.prune.frontier import (
-    COLUMNS,
-    Column,
-    Evaluator,
-    choose_removed,
-    measure_frontier,
-    summarise_frontier,
-    tabulate,
-    tabulate_intervals,
-)
-from gpt2.prune.iterative import order_by_loss, order_by_taylor_again
-from gpt2.prune.random_sets import compare_with_chance, measure_random_sets, tabulate_similarities
-from gpt2.prune.recovery import recover, summarise_recovery
-from gpt2.prune.remove import PruneConfig, claimed_count, count_removals, remove_heads
-from gpt2.prune.repair import gather_calibration, remove_and_repair
-from gpt2.prune.scores import score_models
-from gpt2.prune.similarity_orders import rank_by_similarity
-from gpt2.prune.single_heads import HeadCost, correlate_costs, cost_each_head
+from gpt2.prune.remove import PruneConfig
 from gpt2.prune.speed import compare_speed
+from gpt2.prune.study import study_pruning
 
 MODEL = Path("models/gpt2")
 SIMILARITIES = Path("data/heads.npz")
@@ -48,84 +23,22 @@ CURVES = Path("plots/prune")
 METRICS = Path("metrics/prune.json")
 
 
-@dataclass(frozen=True)
-class Text:
-    """Windows (N, T + 1) of three splits, so that no criterion and no repair is judged on tokens it has seen."""
-
-    calibration: Tensor
-    scoring: Tensor
-    greedy: Tensor
-    eval: Tensor
-
-
-def read_text(model: GPT, config: PruneConfig) -> Text:
-    """Read the windows; the greedy search takes some more of the split that scores."""
-    train, val, test = (TokenSet(TOKENS, split) for split in ("train", "val", "test"))
-    require_fit(model, test)
-    return Text(
-        *(
-            spread_windows(tokens, model.config.block_size, count)
-            for tokens, count in (
-                (train, config.calibration_tokens),
-                (val, config.scoring_tokens),
-                (val, config.greedy_tokens),
-                (test, config.eval_tokens),
-            )
-        )
-    )
-
-
 def main() -> None:
     with Stage("prune") as stage:
         config = stage.load("prune", PruneConfig)
         batch_tokens = stage.load("hellaswag", HellaswagConfig).batch_tokens
         model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
-        counts, heads = count_removals(model, config.shares), list_heads(model.config)
-        text, similarities = read_text(model, config), load_similarities(SIMILARITIES, model.config)
-        calibration = gather_calibration(
-            model, text.calibration, config.batch_size, config.ridge, similarities["pattern"]
+        similarities, benchmark = (
+            load_similarities(SIMILARITIES, model.config),
+            load_benchmark(TOKENS / "hellaswag.npz"),
         )
-        evaluator = Evaluator(model, calibration, text.eval, config.batch_size)
-        taylor = score_taylor(model, text.scoring, config.batch_size)
-
-        costs = cost_each_head(evaluator, heads, similarities, taylor)
-        orders = rank_heads(model, similarities["pattern"], taylor, config.random_seeds) | {
-            "taylor_iterative": [order_by_taylor_again(model, taylor, text.scoring, counts, config.batch_size)],
-            "loss": [order_by_loss(model, text.greedy, counts[-1], config.batch_size)],
-        }
-        frontier = measure_frontier(evaluator, orders, counts)
-        chosen, removed = choose_removed(frontier, orders, config.limit_percent)
-        repaired = remove_and_repair(model, removed, chosen.repair, calibration)
-        order = TrainOrder(TokenSet(TOKENS, "train"), model.config.block_size, config.batch_size, config.recovery_seed)
-        steps = config.recovery_steps if removed else 0
-        pruned = recover(repaired, order, steps, config.recovery_max_lr)
+        study = study_pruning(model, config, TOKENS, similarities, benchmark, batch_tokens)
         copy_vocabulary(MODEL, PRUNED)
-        save_model(pruned, PRUNED)
-
-        ranked = rank_by_similarity(model, similarities, taylor, calibration.moments)
-        columns = [Column(name, "none") for name in ranked]
-        similar = measure_frontier(evaluator, {name: [order] for name, order in ranked.items()}, counts, columns)
-        claimed = claimed_count(len(heads))
-        sets = measure_random_sets(evaluator, heads, claimed, config.random_sets)
-        plain = [column.name for column in COLUMNS if column.repair == "none" and column.criterion != "random"]
-        by_redundancy = {count: remove_heads(model, orders["redundancy"][0][:count]) for count in counts}
-        scored = {"whole": model, "redundancy_at_15": by_redundancy[claimed], "pruned": pruned}
-
-        write_csv(CURVES / "heads.csv", HeadCost._fields, costs)
-        write_csv(CURVES / "frontier.csv", *tabulate(model, frontier))
-        write_csv(CURVES / "intervals.csv", *tabulate_intervals(frontier))
-        write_csv(CURVES / "similarities.csv", *tabulate_similarities(frontier, similar))
-        figures = summarise_frontier(model, frontier, chosen, removed)
-        figures |= {
-            **{f"{use}_tokens": windows[:, 1:].numel() for use, windows in vars(text).items()},
-            **summarise_recovery(figures, pruned, steps, text.eval, config.batch_size),
-            **correlate_costs(costs),
-            **compare_with_chance(frontier, similar, plain, claimed, sets),
-            **score_models(scored, load_benchmark(TOKENS / "hellaswag.npz"), batch_tokens),
-        }
-        write_json(METRICS, figures)
-        timed = {f"heads_removed_{count}": smaller for count, smaller in by_redundancy.items()} | {"pruned": pruned}
-        stage.timed |= compare_speed(timed, text.eval[: config.batch_size])
+        save_model(study.pruned, PRUNED)
+        for name, table in study.tables.items():
+            write_csv(CURVES / f"{name}.csv", *table)
+        write_json(METRICS, study.figures)
+        stage.timed |= compare_speed(study.timed, study.timing_windows)
 
 
 if __name__ == "__main__":
