@@ -6,13 +6,22 @@ Neither DVC nor torchrun passes its death on, and an orphan would hold the machi
 import os
 import signal
 import sys
+import threading
+import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 
 import psutil
 
-# Set by DVC and by torchrun in the processes that they start.
-MARKS = ("DVC_STAGE", "TORCHELASTIC_RUN_ID")
+# Set by torchrun in the processes that it starts, and by DVC.
+TORCHRUN_MARK = "TORCHELASTIC_RUN_ID"
+MARKS = ("DVC_STAGE", TORCHRUN_MARK)
+# Process number of torchrun, set where this project starts it: a process that torchrun's death has left without its
+# parent before it could look still knows whom it belongs to.
+LAUNCHER = "GPT2_LAUNCHER_PID"
+# From the death of a launcher: between two looks, and to the end of this process.
+POLL_SECONDS, GRACE_SECONDS = 0.25, 3.5
+WATCH = "end-with-launcher"
 
 
 class Interrupt:
@@ -46,12 +55,36 @@ def launched_by() -> list[tuple[int, int]]:
     """Pairs of process and parent from this process up to DVC, or to torchrun where no DVC is; none without both."""
     pairs, process = [], psutil.Process()
     try:
+        if TORCHRUN_MARK in os.environ and LAUNCHER in os.environ:
+            pairs.append((process.pid, int(os.environ[LAUNCHER])))
+            process = psutil.Process(pairs[0][1])
         while any(mark in process.environ() for mark in MARKS) and process.ppid():
             pairs.append((process.pid, process.ppid()))
             process = psutil.Process(process.ppid())
     except psutil.Error:
         pass  # Processes of other users and of containers keep their environment to themselves.
     return pairs
+
+
+def end_with_launcher() -> None:
+    """Let a thread end this process GRACE_SECONDS after DVC or torchrun died, in whatever it is stuck then.
+
+    Until then `Interrupt` may save the state. A torchrun that outlives DVC ends too: it would start the processes anew.
+    """
+    ancestry = launched_by()
+    if ancestry and all(thread.name != WATCH for thread in threading.enumerate()):
+        threading.Thread(target=_end_after, args=(ancestry,), name=WATCH, daemon=True).start()
+
+
+def _end_after(ancestry: list[tuple[int, int]]) -> None:
+    while all(_is_child(child, parent) for child, parent in ancestry):
+        time.sleep(POLL_SECONDS)
+    time.sleep(GRACE_SECONDS)
+    child, parent = ancestry[0]
+    if TORCHRUN_MARK in os.environ and _is_child(child, parent):
+        with suppress(ProcessLookupError):
+            os.kill(parent, signal.SIGKILL)
+    os._exit(128 + signal.SIGTERM)
 
 
 @contextmanager
@@ -61,7 +94,7 @@ def ending_torchrun() -> Iterator[None]:
     try:
         yield
     except SystemExit as deliberate:
-        if "TORCHELASTIC_RUN_ID" not in os.environ or os.getppid() != parent:
+        if TORCHRUN_MARK not in os.environ or os.getppid() != parent:
             raise
         if isinstance(deliberate.code, str):
             # Now, since torchrun ends this process in turn.

@@ -4,10 +4,8 @@ import os
 import sys
 
 from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.interrupt import LAUNCHER, TORCHRUN_MARK
 from gpt2.pipeline.params import load
-
-# Set by torchrun in the processes that it starts.
-TORCHRUN_MARK = "TORCHELASTIC_RUN_ID"
 
 
 def ensure_torchrun(module: str) -> None:
@@ -20,5 +18,7 @@ def ensure_torchrun(module: str) -> None:
         return
     # The shared store would hand the addresses of dead processes to the restarted ones (pytorch#135712).
     os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # torchrun takes the place of this process and so its number.
+    os.environ[LAUNCHER] = str(os.getpid())
     command = [sys.executable, "-m", "torch.distributed.run", *hardware.torchrun_arguments(), "-m", module]
     os.execv(sys.executable, command)

@@ -16,6 +16,7 @@ from typing import Any, TypeVar
 from gpt2.pipeline import params
 from gpt2.pipeline.command import reporting
 from gpt2.pipeline.files import UserError, write_json
+from gpt2.pipeline.interrupt import end_with_launcher
 from gpt2.pipeline.params import C
 
 SPEED = Path("metrics/speed")
@@ -66,6 +67,7 @@ class Stage:
             datefmt="%H:%M:%S",
             stream=sys.stderr,
         )
+        end_with_launcher()
         self._started = time.perf_counter()
         self._sources = _source_hashes()
         return self
