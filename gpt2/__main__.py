@@ -5,7 +5,7 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).parent
-COMMANDS = ("check", "status", "generate", "hellaswag", "export")
+COMMANDS = ("check", "params", "status", "generate", "hellaswag", "export")
 
 
 def summarise_command(name: str) -> str:

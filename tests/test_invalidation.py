@@ -44,6 +44,7 @@ EDITS = {
     "generate.py": {"generate"},
     "export.py": set(),
     "status.py": set(),
+    "params.py": set(),
     "__main__.py": set(),
 }
 WRITE = """\

@@ -1,7 +1,7 @@
-"""The one door between params.yaml and the code.
+"""The only place that reads params.yaml.
 
-Every section of the active scale is loaded into a frozen `Config` that lives beside the code that uses it. Loading is
-strict: an unknown, missing, mistyped or out-of-range value raises before any work, with key, value, rule and remedy.
+Every section of the active scale is loaded into a frozen `Config` that is defined in the module that uses it. Loading
+is strict: an unknown, missing, mistyped or out-of-range value raises before any work, with key, value, rule and remedy.
 """
 
 import difflib
@@ -29,7 +29,7 @@ class Config(BaseModel):
 C = TypeVar("C", bound=Config)
 
 
-def read(path: Path = PARAMS_FILE) -> dict:
+def read(path: Path = PARAMS_FILE) -> dict[str, Any]:
     """Parse params.yaml as YAML 1.2, in which DVC's `1e-05` is a number (YAML 1.1 reads a string)."""
     try:
         values = YAML(typ="safe", pure=True).load(path.read_text(encoding="utf-8"))
@@ -42,7 +42,7 @@ def read(path: Path = PARAMS_FILE) -> dict:
     return values
 
 
-def active_scale(values: dict) -> str:
+def active_scale(values: dict[str, Any]) -> str:
     """Name of the scale block in use. Raises UserError if it is not one of SCALES or its block is absent."""
     scale = values.get("scale")
     if scale not in SCALES or not isinstance(values.get(scale), dict):
@@ -58,7 +58,7 @@ def top(key: str) -> object:
     return values[key]
 
 
-def load(section: str, cls: type[C], values: dict | None = None, **known) -> C:
+def load(section: str, cls: type[C], values: dict[str, Any] | None = None, **known: object) -> C:
     """Build `cls` from a section of the active scale.
 
     `known` are fields whose value comes from elsewhere (`norm` from the top of the file, `vocab_size` from the tokens);
@@ -71,7 +71,7 @@ def load(section: str, cls: type[C], values: dict | None = None, **known) -> C:
     return build(cls, values[scale][section], f"{scale}.{section}", REMEDY, **known)
 
 
-def build(cls: type[C], section: object, path: str, remedy: str = "", **known) -> C:
+def build(cls: type[C], section: object, path: str, remedy: str = "", **known: object) -> C:
     """Validate a mapping read from `path` (a dotted key, or "") strictly into `cls`; faults end with `remedy`."""
     if not isinstance(section, dict):
         raise UserError(f"{path} = {section!r} must be a map of {', '.join(cls.model_fields)}")
