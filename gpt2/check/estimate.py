@@ -1,189 +1,159 @@
-"""How long each stage will take: in proportion to a run that was measured, or from operations and the device's rate."""
+"""What training takes: processes, memory, and time at a rate measured on this machine."""
 
 import os
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
-from pathlib import Path
+import subprocess
+import time
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import torch
-from ruamel.yaml import YAML, YAMLError
+from torch import Tensor
 
-from gpt2.check.corpus_size import Volume
-from gpt2.check.machine import Machine, product_rate
-from gpt2.check.workload import Need, Plan, Workload, load_plan
-from gpt2.pipeline.files import UserError, read_json
-from gpt2.pipeline.params import PARAMS_FILE
-from gpt2.pipeline.quantities import show_rate
+from gpt2.data.order import TrainOrder
+from gpt2.model.config import GPTConfig
+from gpt2.model.dist import Dist, make_deterministic, setup_device
+from gpt2.model.gpt import GPT
+from gpt2.model.loss import CHUNK_BYTES
+from gpt2.pipeline.files import read_json
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.params import load, recorded_params
 from gpt2.pipeline.stage import SPEED
-from gpt2.train.results import PEAK_FLOPS
+from gpt2.prepare.prepare import PrepareConfig
+from gpt2.tokenizer.encodings import GPT2_VOCAB_SIZE, trained_size
+from gpt2.tokenizer.tokenize import TokenizeConfig
+from gpt2.train.loop import Stepper, TrainConfig
+from gpt2.train.optim import build_optimizer
 
-LOCK = Path("dvc.lock")
-RECORDED = "recorded run"
-# Sections on which the work of later stages depends.
-MAKERS = ("prepare", "benchmark", "model")
-PREPARED, TOKENIZED = Path("metrics/prepare.json"), Path("metrics/tokens.json")
-
-# Share of a GPU's data-sheet rate that training reaches: compiled GPT-2 (124M) in bfloat16 on one H100, 41 %.
-PEAK_SHARE = 0.40
-# Share of the rate of large products that it reaches: on a CPU as in bench/results/train_cpu.md, on a GPU the above.
-PRODUCT_SHARE = {"cpu": 0.44, "cuda": 0.50}
-# The other stages on a GPU are not compiled, and where they need fp32 they have TF32, at half the rate of bfloat16.
-STUDY_SHARE = {"cpu": 1.0, "cuda": 0.5}
-# Text that one process reads, hashes and writes as Parquet, in bytes per second.
-READ_RATE = 1e8
-# Text that one process tokenizes, in bytes per second: bench/results/tokenize_2_cores.md.
-ENCODE_RATE = 2e7
-# Synced writes of a checkpoint, in bytes per second.
-WRITE_RATE = 5e8
+RECORDED = SPEED / "train.json"
+# fp32 weights, gradients and two moments, in bytes for each parameter.
+TRAINING_BYTES = 16
+# Saved for the backward pass, in bytes for each token, channel and layer: measured with GPT-2 (124M).
+ACTIVATION_BYTES = {"float32": 64, "bfloat16": 40}
+# Settings of training on which tokens per second depend.
+RATE_KEYS = ("init_from", "tokens_per_step", "micro_batch", "precision", "compile", "deterministic", "optimizer")
+# Steps after the first, and the time after which no further one is started.
+MEASURED_STEPS, MEASURED_SECONDS = 20, 10.0
+# A step of a large model would take minutes on a CPU, whose rate hardly depends on the tokens of a step.
+CPU_TOKENS = 2048
 
 
 @dataclass(frozen=True)
-class Rate:
-    """Operations per second of one device in training, and how that is known."""
-
-    flops: float
-    basis: str
-
-
-@dataclass(frozen=True)
-class PastRun:
-    """A stage as it was last run: its scale, its source of text, what it did, on which device, in how many seconds."""
+class Plan:
+    """The sections of one scale that decide whether it can run, and its whole block as parsed."""
 
     scale: str
-    source: str
-    need: Need
-    device_type: str
-    seconds: float
+    block: dict[str, Any]
+    hardware: HardwareConfig
+    prepare: PrepareConfig
+    tokenize: TokenizeConfig
+    model: GPTConfig
+    train: TrainConfig
+
+    @property
+    def processes(self) -> int:
+        """Training processes on this machine; one where `gpu` asks for GPUs that it does not have."""
+        nproc = self.hardware.nproc
+        return max(1, torch.cuda.device_count()) if nproc == "gpu" else int(nproc)
+
+    @property
+    def world_size(self) -> int:
+        """Training processes on all machines."""
+        return self.processes * self.hardware.nnodes
+
+    @property
+    def is_prepared(self) -> bool:
+        """Whether the stage prepare last ran with the parameters of this plan."""
+        return recorded_params("prepare").get("prepare") == self.block["prepare"]
+
+    @cached_property
+    def n_params(self) -> int:
+        with torch.device("meta"):
+            return GPT(self.model).n_params()
+
+    @property
+    def training_memory(self) -> float:
+        """Bytes that one training process holds on its device."""
+        model, train = self.model, self.train
+        saved = ACTIVATION_BYTES[train.precision] * train.micro_batch * model.block_size * model.n_embd * model.n_layer
+        chunk = CHUNK_BYTES["cuda" if torch.cuda.is_available() else "cpu"]
+        return TRAINING_BYTES * self.n_params + saved + 2 * chunk
 
 
-@dataclass(frozen=True)
-class Estimate:
-    """One stage of a forecast: seconds (None if unknown) and where they come from, beside what the stage needs."""
-
-    stage: str
-    need: Need
-    seconds: float | None
-    basis: str
-
-
-def device_rate(plan: Plan, machine: Machine) -> Rate:
-    """The rate of one device of this machine: of a known GPU by its data sheet, of any other measured now."""
-    kind = machine.device_type
-    name = machine.gpus[0].name if machine.gpus else ""
-    for part, peak in PEAK_FLOPS.items():
-        if part in name:
-            return Rate(PEAK_SHARE * peak, f"{PEAK_SHARE:.0%} of the {show_rate(peak)} of {name}")
-    dtype = torch.bfloat16 if plan.train.precision == "bfloat16" else torch.float32
-    threads = min(plan.hardware.threads, machine.cores)
-    product = product_rate(kind, threads, dtype)
-    basis = (
-        f"{PRODUCT_SHARE[kind]:.0%} of the {show_rate(product)} just measured for {plan.train.precision} products of "
-        f"{name or f'{threads} CPU threads'}, at a load of {os.getloadavg()[0]:.1f}"
+def load_plan(values: dict[str, Any], scale: str) -> Plan:
+    """The plan of `scale` from params.yaml as parsed. Raises UserError at the first section with a fault."""
+    scaled = {**values, "scale": scale}
+    tokenize = load("tokenize", TokenizeConfig, scaled)
+    vocab_size = trained_size(tokenize.encoding) or GPT2_VOCAB_SIZE
+    return Plan(
+        scale,
+        values[scale],
+        load("hardware", HardwareConfig, scaled),
+        load("prepare", PrepareConfig, scaled),
+        tokenize,
+        load("model", GPTConfig, scaled, norm=values.get("norm"), vocab_size=vocab_size),
+        load("train", TrainConfig, scaled),
     )
-    return Rate(PRODUCT_SHARE[kind] * product, basis)
 
 
-def estimate_stages(workload: Workload, recorded: Mapping[str, PastRun], rate: Callable[[], Rate]) -> list[Estimate]:
-    """The forecast of every stage; `rate` is asked only if a stage has no comparable record."""
-    estimates = []
-    for stage, need in workload.needs().items():
-        past = recorded.get(stage)
-        if past and _comparable(stage, past, workload):
-            seconds, basis = past.seconds * need.work / past.need.work, RECORDED
-            basis += "" if past.scale == workload.plan.scale else f" ({past.scale})"
-        elif need.flops:
-            share = 1.0 if stage == "train" else STUDY_SHARE[workload.machine.device_type]
-            flops = share * rate().flops
-            seconds, basis = need.work / flops, f"{need.parallel} × {show_rate(flops)}"
-            if stage == "train":
-                seconds += workload.checkpoints * workload.checkpoint_bytes / WRITE_RATE
-        elif stage == "prepare" and workload.plan.prepare.source != "docs":
-            seconds, basis = need.work / READ_RATE, f"{READ_RATE / 1e6:.0f} MB/s"
-        elif stage == "tokenize":
-            seconds, basis = need.work / ENCODE_RATE, f"{need.parallel} × {ENCODE_RATE / 1e6:.0f} MB/s"
-        else:
-            seconds, basis = None, "no record"
-        estimates.append(Estimate(stage, need, seconds, basis))
-    return estimates
+def training_rate(plan: Plan) -> tuple[float, str]:
+    """Tokens per second of all processes together, and where the figure comes from."""
+    if rate := _recorded_rate(plan):
+        return rate, f"{RECORDED} of the last run here, {plan.world_size} processes"
+    (rate, steps), on_gpu = _measure_rate(plan), torch.cuda.is_available()
+    device = torch.cuda.get_device_name() if on_gpu else f"{plan.hardware.threads} CPU threads"
+    times = plan.world_size if on_gpu else plan.hardware.nnodes
+    basis = f"measured now in {steps} steps on {device} at a load of {os.getloadavg()[0]:.1f}, times {times}"
+    return rate * times, basis
 
 
-def _comparable(stage: str, past: PastRun, workload: Workload) -> bool:
-    """Models must have run at the same scale on the same kind of device, text must have been read in the same way.
+def _recorded_rate(plan: Plan) -> float:
+    """The rate of the last run, if it was made here with the same model, settings, devices and processes; else 0."""
+    then, now = recorded_params("train") | recorded_params("tokenize"), plan.block | {"norm": plan.model.norm}
+    same = all(then.get(key) == now[key] for key in ("norm", "model", "tokenize"))
+    if not same or any(then["train"].get(key) != now["train"].get(key) for key in RATE_KEYS):
+        return 0.0
+    # A committed record may come from another machine.
+    changed = subprocess.run(["git", "diff", "--quiet", "HEAD", "--", RECORDED], capture_output=True).returncode == 1
+    speed = read_json(RECORDED) if changed and RECORDED.is_file() else {}
+    on_gpu = "peak_gpu_memory_gib" in speed
+    comparable = speed.get("processes") == plan.world_size and on_gpu == torch.cuda.is_available()
+    return speed["tokens_per_s"] if comparable else 0.0
 
-    Of the seconds in which a small text is tokenized most are spent on other things.
-    """
-    if past.need.flops:
-        return (past.scale, past.device_type) == (workload.plan.scale, workload.machine.device_type)
-    if stage == "tokenize":
-        return past.scale == workload.plan.scale
-    return stage != "prepare" or past.source == workload.plan.prepare.source
+
+class _RandomTokens(TrainOrder):
+    """Batches of random tokens, so that the rate can be measured before there is a text."""
+
+    def __init__(self, model: GPTConfig):
+        self.block_size, self._vocab_size = model.block_size, model.vocab_size
+
+    def batch(self, step: int, first: int, count: int) -> tuple[Tensor, Tensor]:
+        tokens = torch.randint(self._vocab_size, (count, self.block_size + 1))
+        return tokens[:, :-1], tokens[:, 1:]
 
 
-class Record:
-    """The run that dvc.lock describes, with the seconds that metrics/speed/ holds for it.
-
-    DVC records the sections that a stage read under the name of their scale. `hardware` is not recorded, so that of
-    params.yaml is taken. A stage whose parameters no longer fit the code is left out.
-    """
-
-    def __init__(self, values: dict, root: Path):
-        self._values, self._root = values, root
-        try:
-            stages = YAML(typ="safe", pure=True).load((root / LOCK).read_text(encoding="utf-8"))["stages"]
-            params = {stage: entry.get("params", {}).get(str(PARAMS_FILE), {}) for stage, entry in stages.items()}
-        except (OSError, YAMLError, AttributeError, KeyError, TypeError):
-            params = {}
-        # By stage: its sections as {(scale, name): values}.
-        self._sections = {
-            stage: {tuple(key.split(".", 1)): value for key, value in keys.items() if "." in key}
-            for stage, keys in params.items()
-        }
-        self._norm = params.get("train", {}).get("norm", values.get("norm"))
-
-    def volume(self, plan: Plan) -> Volume | None:
-        """The text of the recorded run, if it read what `plan` reads."""
-        past = self._plan("prepare")
-        return self._volume() if past and past.prepare == plan.prepare else None
-
-    def stages(self, machine: Machine) -> dict[str, PastRun]:
-        """Every stage that has a record, as if it had run on a machine with as many cores."""
-        volume, trained = self._volume(), self._metrics(SPEED / "train.json")
-        device_type = "cuda" if "peak_gpu_memory_gib" in trained else "cpu"
-        found = {}
-        for stage in self._sections:
-            plan, speed = self._plan(stage), self._metrics(SPEED / f"{stage.replace('-', '_')}.json")
-            need = Workload(plan, volume, machine).needs().get(stage) if plan and volume else None
-            if need and "seconds" in speed:
-                if device_type == "cuda" and stage == "train":
-                    need = replace(need, parallel=speed["processes"])
-                found[stage] = PastRun(plan.scale, plan.prepare.source, need, device_type, speed["seconds"])
-        return found
-
-    def _plan(self, stage: str) -> Plan | None:
-        """What `stage` had before it: its own sections, those that made its inputs, and the others of params.yaml."""
-        own = self._sections.get(stage)
-        if not own:
-            return None
-        scale = next(iter(own))[0]
-        everything = {key: value for sections in self._sections.values() for key, value in sections.items()}
-        before = {key: value for key, value in everything.items() if key[1] in MAKERS}
-        block = {name: value for (of, name), value in {**before, **own}.items() if of == scale}
-        values = {**self._values, "norm": self._norm, scale: {**self._values.get(scale, {}), **block}}
-        try:
-            return load_plan(values, scale)
-        except UserError:
-            return None
-
-    def _volume(self) -> Volume | None:
-        prepared, tokenized = self._metrics(PREPARED), self._metrics(TOKENIZED)
-        try:
-            n_bytes, documents = prepared["bytes"], prepared["documents"]
-            return Volume(n_bytes, documents, tokenized["bytes_per_token"], f"as in {PREPARED}")
-        except KeyError:
-            return None
-
-    def _metrics(self, path: Path) -> dict:
-        try:
-            return read_json(self._root / path)
-        except UserError:
-            return {}
+def _measure_rate(plan: Plan) -> tuple[float, int]:
+    """Tokens per second of real optimizer steps in one process, and their number."""
+    device, block_size = setup_device(plan.hardware), plan.model.block_size
+    if plan.train.deterministic:
+        make_deterministic()
+    passes, windows = plan.train.accumulation(block_size, plan.world_size), plan.train.micro_batch
+    if device.type == "cpu":
+        passes, windows = 1, max(1, CPU_TOKENS // block_size)
+    tokens, length = passes * windows * block_size, plan.train.warmup_steps + 1 + MEASURED_STEPS
+    changes = {"tokens_per_step": tokens, "micro_batch": windows, "max_steps": length, "epochs": None}
+    config, model = plan.train.model_copy(update=changes), GPT(plan.model).to(device)
+    stepper = Stepper(model, build_optimizer(model, config), config, _RandomTokens(plan.model), Dist(0, 0, 1, device))
+    started, seconds, step = 0.0, 0.0, 0
+    # The first step compiles and takes memory.
+    for step in range(1 + MEASURED_STEPS):
+        stepper.backward(step)
+        stepper.clip()
+        stepper.update(step)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        started = started or time.perf_counter()
+        seconds = time.perf_counter() - started
+        if step and seconds > MEASURED_SECONDS:
+            break
+    return step * tokens / seconds, step

@@ -1,4 +1,7 @@
-"""The whole of params.yaml: every section of every scale, checked at once before a pipeline does any work."""
+"""Validation of the whole params.yaml: every section of every scale, all faults at once."""
+
+from collections.abc import Callable
+from typing import Any
 
 from gpt2.generate import GenerateConfig
 from gpt2.heads.similarity import HeadsConfig
@@ -34,6 +37,8 @@ SECTIONS: dict[str, type[Config]] = {
     "heads": HeadsConfig,
     "prune": PruneConfig,
 }
+# Fields of a section that come from elsewhere, with values that are always valid.
+KNOWN: dict[str, dict[str, object]] = {"model": {"norm": "preln", "vocab_size": 1}}
 
 
 class Top(Config):
@@ -42,59 +47,63 @@ class Top(Config):
     norm: Norm
 
 
-def check(values: dict) -> None:
-    """Check params.yaml as parsed. Raises UserError with a line for every fault of every scale."""
-    faults: list[str] = []
-
-    def attempt(action, *args, place: str = "", **kwargs):
-        try:
-            return action(*args, **kwargs)
-        except UserError as error:
-            faults.append(f"{place}{error}")
-            return None
-
+def find_faults(values: dict[str, Any]) -> list[str]:
+    """Every fault of params.yaml as parsed, each with key, value, rule and remedy."""
+    faults = []
     if unknown := sorted(values.keys() - {"norm", "scale", *SCALES}):
         faults.append(f"{', '.join(unknown)}: not a key of {PARAMS_FILE}; known: norm, scale, {', '.join(SCALES)}")
-    attempt(build, Top, {key: value for key, value in values.items() if key == "norm"}, "", REMEDY)
-    attempt(active_scale, values)
+    faults += _fault(lambda: build(Top, {key: values[key] for key in values.keys() & {"norm"}}, "", REMEDY))
+    faults += _fault(lambda: active_scale(values))
     for scale in SCALES:
-        block = values.get(scale)
-        if not isinstance(block, dict):
-            faults.append(f"{scale} must be a block with the sections {', '.join(SECTIONS)}")
-            continue
-        if unknown := sorted(block.keys() - SECTIONS):
-            faults.append(f"{scale}.{', '.join(unknown)}: not a section; known: {', '.join(SECTIONS)}")
-        known = {"model": {"norm": "preln", "vocab_size": 1}}
-        scaled = {**values, "scale": scale}
-        configs = {
-            section: attempt(load, section, cls, scaled, **known.get(section, {})) for section, cls in SECTIONS.items()
-        }
-        _check_together(scale, values.get("norm"), configs, attempt)
-    if faults:
-        raise UserError("\n" + "\n".join(faults))
+        faults += _scale_faults(values, scale)
+    return faults
 
 
-def _check_together(scale: str, norm: object, configs: dict[str, Config | None], attempt) -> None:
-    """Rules that span sections, checked where the sections themselves are sound."""
-    tokenize, train, model, hardware = (configs[name] for name in ("tokenize", "train", "model", "hardware"))
-    if tokenize and tokenize.encoding == GPT2:
-        attempt(load_encoding, tokenize.encoding, place=f"{scale}: ")
-    study, runs = configs["tokenizer_study"], configs["vocabulary_runs"]
-    if study and runs:
-        # GPT-2's own vocabulary is among those that are tried.
-        largest = max(*study.vocab_sizes, GPT2_VOCAB_SIZE)
-        attempt(count_steps, runs.budgets[0], runs, largest, place=f"{scale}: ")
+def _scale_faults(values: dict[str, Any], scale: str) -> list[str]:
+    block = values.get(scale)
+    if not isinstance(block, dict):
+        return [f"{scale} must be a block with the sections {', '.join(SECTIONS)}"]
+    faults = []
+    if unknown := sorted(block.keys() - SECTIONS):
+        faults.append(f"{scale}.{', '.join(unknown)}: not a section; known: {', '.join(SECTIONS)}")
+    configs: dict[str, Any] = {}
+    for section, cls in SECTIONS.items():
+        try:
+            configs[section] = load(section, cls, {**values, "scale": scale}, **KNOWN.get(section, {}))
+        except UserError as error:
+            faults += str(error).splitlines()
+    return faults + [f"{scale}: {fault}" for fault in _joint_faults(values.get("norm"), configs)]
+
+
+def _joint_faults(norm: object, configs: dict[str, Any]) -> list[str]:
+    """Faults that span sections, looked for in the sections that are valid themselves."""
+    faults = []
+    if "tokenize" in configs and configs["tokenize"].encoding == GPT2:
+        faults += _fault(load_encoding)
+    if {"tokenizer_study", "vocabulary_runs"} <= configs.keys():
+        runs = configs["vocabulary_runs"]
+        # GPT-2's own vocabulary is one of those that are tried.
+        largest = max(*configs["tokenizer_study"].vocab_sizes, GPT2_VOCAB_SIZE)
+        faults += _fault(lambda: count_steps(runs.budgets[0], runs, largest))
+    train = configs.get("train")
     if train and train.init_from:
-        attempt(_require_preln, train, norm, place=f"{scale}: ")
-    elif train and model and hardware:
+        if norm != "preln":
+            faults.append(
+                f"train.init_from = {train.init_from!r} are weights of a Pre-LN model, norm = {norm!r}; "
+                "set norm to preln or train.init_from to null"
+            )
+    elif train and {"model", "hardware"} <= configs.keys():
+        hardware = configs["hardware"]
         # `gpu` is a number only on the machine that trains.
-        on_each = 1 if hardware.nproc == "gpu" else hardware.nproc
-        attempt(train.accumulation, model.block_size, on_each * hardware.nnodes, place=f"{scale}: ")
+        processes = hardware.nnodes * (1 if hardware.nproc == "gpu" else hardware.nproc)
+        faults += _fault(lambda: train.accumulation(configs["model"].block_size, processes))
+    return faults
 
 
-def _require_preln(train: TrainConfig, norm: object) -> None:
-    if norm != "preln":
-        raise UserError(
-            f"train.init_from = {train.init_from!r} are weights of a Pre-LN model, norm = {norm!r}; set norm to preln "
-            "or train.init_from to null"
-        )
+def _fault(action: Callable[[], object]) -> list[str]:
+    """The message with which `action` is refused, if it is."""
+    try:
+        action()
+    except UserError as error:
+        return [str(error)]
+    return []

@@ -15,7 +15,7 @@ from ruamel.yaml import YAML, YAMLError
 
 from gpt2.pipeline.files import UserError
 
-PARAMS_FILE = Path("params.yaml")
+PARAMS_FILE, LOCK = Path("params.yaml"), Path("dvc.lock")
 SCALES = ("tiny", "short", "full")
 REMEDY = f"; change it in {PARAMS_FILE} or with `dvc exp run -S KEY=VALUE`"
 
@@ -56,6 +56,16 @@ def top(key: str) -> object:
     if key not in values:
         raise UserError(f"{PARAMS_FILE} lacks the key {key}; add it at the top")
     return values[key]
+
+
+def recorded_params(stage: str) -> dict[str, Any]:
+    """Parameters with which `stage` last ran by dvc.lock, sections by their names; empty without a record."""
+    try:
+        lock = YAML(typ="safe", pure=True).load(LOCK.read_text(encoding="utf-8"))
+        recorded = lock["stages"][stage]["params"][str(PARAMS_FILE)]
+    except (OSError, YAMLError, KeyError, TypeError):
+        return {}
+    return {key.rpartition(".")[2]: value for key, value in recorded.items()}
 
 
 def load(section: str, cls: type[C], values: dict[str, Any] | None = None, **known: object) -> C:
