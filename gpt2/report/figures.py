@@ -4,6 +4,7 @@ import itertools
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -11,7 +12,7 @@ from matplotlib import colormaps
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.image import AxesImage
-from matplotlib.ticker import LogFormatter, MaxNLocator, StrMethodFormatter
+from matplotlib.ticker import AutoLocator, LogFormatter, MaxNLocator, StrMethodFormatter
 
 from gpt2.pipeline.files import atomic_path
 from gpt2.report.measures import (
@@ -115,7 +116,7 @@ def draw_benchmark(results: Results) -> Figure:
     axes.plot(tokens, 100 * table["hellaswag_acc"], "s-", color=GREY, markersize=3, linewidth=1, label="sum (acc)")
     axes.fill_between(tokens, normed - stderr, normed + stderr, color=colour, alpha=0.15, linewidth=0)
     # The bars repeat the band where a single evaluation leaves it without width.
-    style = {"fmt": "o-", "color": colour, "markersize": 4, "elinewidth": 1}
+    style: dict[str, Any] = {"fmt": "o-", "color": colour, "markersize": 4, "elinewidth": 1}
     axes.errorbar(tokens, normed, stderr, label="mean per token (acc_norm) ± standard error", **style)
     _level(axes, 100 * HELLASWAG_CHANCE, "chance")
     axes.set_ylabel(f"Benchmark accuracy (% of {items:,} items)")
@@ -184,12 +185,14 @@ def draw_norm_study(results: Results) -> Figure:
 
 def _draw_runs(axes: Axes, runs: pd.DataFrame, curves: pd.DataFrame, name: str) -> None:
     """A quantity of some runs along the steps, and a cross at the top where a run diverged."""
-    for (norm, *_), curve in runs.merge(curves, on=RUN).groupby(RUN, sort=False):
+    for _, curve in runs.merge(curves, on=RUN).groupby(RUN, sort=False):
+        norm = str(curve["norm"].iloc[0])
         median = curve[name].rolling(1 + len(curve) // 10, center=True, min_periods=1).median()
         axes.plot(curve["step"], curve[name], color=NORM_COLOURS[norm], linewidth=0.4, alpha=0.15)
         axes.plot(curve["step"], median, color=NORM_COLOURS[norm], linewidth=1, alpha=0.85)
-    for run in runs[runs["diverged_at_step"] >= 0].itertuples():
-        axes.plot(run.diverged_at_step, 0.95, "x", color=NORM_COLOURS[run.norm], transform=axes.get_xaxis_transform())
+    diverged = runs[runs["diverged_at_step"] >= 0]
+    for norm, step in zip(diverged["norm"], diverged["diverged_at_step"], strict=True):
+        axes.plot(step, 0.95, "x", color=NORM_COLOURS[norm], transform=axes.get_xaxis_transform())
 
 
 def draw_tokenizer(results: Results) -> Figure:
@@ -233,7 +236,7 @@ def draw_bands(results: Results) -> Figure:
             if name in colours:
                 axes.plot(range(len(bands)), rows, "o-", color=colours[name], markersize=3, label=name)
             else:
-                style = {"markerfacecolor": "white", "markersize": 5, "label": "GPT-2's own vocabulary"}
+                style: dict[str, Any] = {"markerfacecolor": "white", "markersize": 5, "label": "GPT-2's own vocabulary"}
                 axes.plot(range(len(bands)), rows, "D--", color=CRITERION_COLOURS["redundancy"], **style)
         axes.set_xticks(range(len(bands)), bands, rotation=30, ha="right", rotation_mode="anchor")
         axes.set(xlabel="Occurrences of the word in the training text", ylabel=label)
@@ -247,19 +250,25 @@ def draw_vocabulary_runs(results: Results) -> Figure:
     budgets = table["budget"].unique()
     colours = colormaps["cividis_r"](np.linspace(0.35, 1, len(budgets)))
     figure, panels = _panels(2, 3.6)
-    for axes, (part, label) in zip(panels, {"": "all text", "rare_": "rare words"}.items(), strict=True):
+    for axes, (part, title) in zip(panels, {"": "all text", "rare_": "rare words"}.items(), strict=True):
         key = f"{part}bits_per_byte"
         for budget, colour, marker in zip(budgets, colours, itertools.cycle(MARKERS)):
             for own, line in ((True, "-"), (False, "")):
                 rows = table[(table["budget"] == budget) & (table["own"] == own)]
                 spread = (rows[key] - rows[f"{key}_low"], rows[f"{key}_high"] - rows[key])
-                style = {"color": colour, "markersize": 5, "elinewidth": 1, "capsize": 2, "linestyle": line}
-                filled = {} if own else {"markerfacecolor": "white"}
-                told = f"{budget:.3g} FLOPs" if own else None
-                axes.errorbar(rows["vocab_size"], rows[key], spread, marker=marker, label=told, **style, **filled)
+                style: dict[str, Any] = {
+                    "color": colour,
+                    "markersize": 5,
+                    "elinewidth": 1,
+                    "capsize": 2,
+                    "linestyle": line,
+                }
+                style |= {} if own else {"markerfacecolor": "white"}
+                label = f"{budget:.3g} FLOPs" if own else None
+                axes.errorbar(rows["vocab_size"], rows[key], spread, marker=marker, label=label, **style)
         even = table[table["own"]].drop_duplicates("vocab_size")
         axes.plot(even["vocab_size"], even[f"{part}even_bits_per_byte"], ":", color=GREY, label="all tokens alike")
-        axes.set_title(label, size=9, color=INK)
+        axes.set_title(title, size=9, color=INK)
         _vocabulary_axis(axes, table["vocab_size"].unique())
     panels[0].plot([], [], "o", color=INK, markerfacecolor="white", label="GPT-2's own vocabulary")
     panels[0].set_ylabel("Bits per byte of held-out text")
@@ -303,8 +312,9 @@ def draw_head_layers(results: Results) -> Figure:
         y, x = np.nonzero(cosines > threshold)
         axes.plot(x, y, ".", color=INK, markersize=3)
         axes.set_title(f"layer {layer}", size=9, color=INK)
-        axes.xaxis.get_major_locator().set_params(integer=True)
-        axes.yaxis.get_major_locator().set_params(integer=True)
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_locator(locator := AutoLocator())
+            locator.set_params(integer=True)
     for axes in panels[len(layers) :]:
         axes.set_visible(False)
     if (pairs[["similarity", "shuffled"]] > threshold).any(axis=None):
@@ -497,7 +507,7 @@ def _token_axis(axes: Axes, most: int) -> float:
 def _vocabulary_axis(axes: Axes, sizes: Iterable[int]) -> None:
     """A horizontal axis of vocabulary sizes."""
     axes.set(xscale="log", xlabel="Vocabulary size (tokens)")
-    axes.set_xticks(sizes, [f"{size / 1000:.3g}k" for size in sizes], rotation=45)
+    axes.set_xticks([*sizes], [f"{size / 1000:.3g}k" for size in sizes], rotation=45)
     axes.minorticks_off()
 
 
@@ -541,7 +551,7 @@ def _legend(figure: Figure, panels: list[Axes], columns: int = 6) -> None:
 def _fault(axes: Axes, position: float, colour: str = INK) -> None:
     """A vertical line where a run diverged."""
     axes.axvline(position, color=colour, linestyle=":", linewidth=1)
-    place = {"xycoords": axes.get_xaxis_transform(), "rotation": 90, "ha": "left", "va": "top"}
+    place: dict[str, Any] = {"xycoords": axes.get_xaxis_transform(), "rotation": 90, "ha": "left", "va": "top"}
     axes.annotate("diverged", (position, 0.97), fontsize=8, color=colour, **place)
 
 

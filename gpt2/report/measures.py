@@ -359,7 +359,7 @@ def measure_similarity_choice(results: Results) -> Finding:
 def measure_repair(results: Results) -> Finding:
     plain = most_below_5(results, "redundancy")
     most = {column: most_below_5(results, column) for column in CHOSEN_REPAIRED}
-    best = max(most, key=most.get)
+    best = max(most, key=most.__getitem__)
     criterion, repair = name_pruning(best)
     measured = f"{number(most[best])} % by {CRITERIA[criterion]} with {repair} against {number(plain)} %"
     return most[best] > 0 and most[best] >= REPAIR_GAIN * plain, measured

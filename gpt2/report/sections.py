@@ -1,7 +1,7 @@
 """The sections of the report on what was studied: a sentence from the figures, the figure, the table, the verdicts."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import NamedTuple
+from typing import Any
 
 import pandas as pd
 
@@ -106,12 +106,12 @@ def describe_norms(results: Results, figures: Mapping[str, str]) -> str:
     )
     finite = table.dropna(subset=["val_loss"])
     if len(finite):
-        best = finite.loc[finite["val_loss"].idxmin()]
+        best = finite.nsmallest(1, "val_loss").iloc[0]
         lead += (
             f" The lowest mean loss, {number(best['val_loss'])}, is that of {best['norm']} at a learning rate of "
             f"{name_setting(best['max_lr'], best['warmup_steps'])}."
         )
-    norms = "\n".join(_tell_norm(norm, rows) for norm, rows in settings.groupby("norm", sort=False))
+    norms = "\n".join(_tell_norm(str(norm), rows) for norm, rows in settings.groupby("norm", sort=False))
     picture = f"![Loss and gradient norm of each norm]({figures['norm_study']})"
     # The norms stand together at each setting.
     ordered = table.sort_values(["max_lr", "warmup_steps"], kind="stable")
@@ -128,7 +128,7 @@ def _tell_norm(norm: str, settings: pd.DataFrame) -> str:
     return "\n".join((f"{learned}. In trouble at a learning rate of", *items))
 
 
-def _tell_trouble(row: NamedTuple) -> str:
+def _tell_trouble(row: Any) -> str:
     faults = {"diverged": row.diverged, "stalled": row.stalled}
     told = [f"{number(count)} of {number(row.seeds)} runs {fault}" for fault, count in faults.items() if count]
     if row.loss_spikes:
@@ -138,7 +138,7 @@ def _tell_trouble(row: NamedTuple) -> str:
     return f"{name_setting(row.max_lr, row.warmup_steps)}: {', '.join(told)}"
 
 
-def _tell_rescue(row: NamedTuple, settings: pd.DataFrame) -> str:
+def _tell_rescue(row: Any, settings: pd.DataFrame) -> str:
     """How many runs learn with a longer warm-up alone, and at a lower learning rate alone, as far as was tried."""
     if not row.lost:
         return ""
@@ -153,7 +153,7 @@ def _tell_rescue(row: NamedTuple, settings: pd.DataFrame) -> str:
         if tried.empty:
             continue
         # The nearest of the settings that lose fewest.
-        best = tried.loc[tried["lost"].idxmin()]
+        best = tried.nsmallest(1, "lost").iloc[0]
         if best["lost"] >= row.lost:
             told.append(f"{cure} does not help")
             continue
@@ -377,8 +377,8 @@ def describe_pruned_speed(results: Results, figures: Mapping[str, str]) -> str:
     speed = results.speed("prune")
     sizes = results.table("prune/frontier.csv", ["heads_removed", "redundancy", "memory_bytes"])
     models = [
-        (f"heads_removed_{row.heads_removed}", number(row.heads_removed), row.redundancy, row.memory_bytes)
-        for row in sizes.itertuples()
+        (f"heads_removed_{count}", number(count), perplexity, memory)
+        for count, perplexity, memory in sizes[["heads_removed", "redundancy", "memory_bytes"]].to_numpy(object)
     ]
     saved = results.value("prune.pruned_heads")
     (bytes_saved,) = sizes.loc[sizes["heads_removed"] == saved, "memory_bytes"]
@@ -402,7 +402,8 @@ def describe_pruned_speed(results: Results, figures: Mapping[str, str]) -> str:
 
 def _tell_prunability(results: Results) -> str:
     """Whether a head that is like another, or unimportant by Taylor's score, costs little when it goes alone."""
-    rows, telling = [], {"": [], "_in_layer": []}
+    rows: list[list[str]] = []
+    telling: dict[str, list[str]] = {"": [], "_in_layer": []}
     for key, name in PREDICTOR_NAMES.items():
         cells = []
         for place in telling:
@@ -412,7 +413,7 @@ def _tell_prunability(results: Results) -> str:
             # A head that is like another should cost little, an important one much.
             if low > 0 if key == "taylor" else high < 0:
                 telling[place].append(name)
-        rows.append((name, *cells))
+        rows.append([name, *cells])
     return (
         "Each head was removed alone. The table has the rank correlation of the rise of the loss with the head's "
         "highest similarity to another one of its layer, and with its Taylor importance; in brackets the 95 % interval "
