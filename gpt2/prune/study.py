@@ -1,6 +1,6 @@
 """The pruning study: which heads the trained model can lose, by criterion and repair, and the model that is left."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -35,7 +35,8 @@ from gpt2.prune.scores import score_models
 from gpt2.prune.similarity_orders import rank_by_similarity
 from gpt2.prune.single_heads import HeadCost, correlate_costs, cost_each_head
 
-Table = tuple[Any, Any]
+# Columns and rows of a CSV file.
+Table = tuple[Sequence[str], Sequence[Sequence[Any]]]
 
 
 @dataclass(frozen=True)
@@ -49,7 +50,7 @@ class Text:
 
 
 @dataclass(frozen=True)
-class Study:
+class PruningStudy:
     """Results of the study: the pruned model, the models to time, and what the stage writes.
 
     tables: columns and rows of each CSV file, by its name without the suffix. timing_windows (B, T + 1): one batch.
@@ -86,7 +87,7 @@ def study_pruning(
     similarities: Mapping[str, np.ndarray],
     benchmark: Benchmark,
     batch_tokens: int,
-) -> Study:
+) -> PruningStudy:
     """Compare all criteria and repairs, then prune the largest set of heads under the limit, and train what is left.
 
     tokens: the folder of the token sets. similarities (M, M) each are what load_similarities returns.
@@ -104,10 +105,11 @@ def study_pruning(
     }
     frontier = measure_frontier(evaluator, orders, counts)
     chosen, removed = choose_removed(frontier, orders, config.limit_percent)
-    repaired = remove_and_repair(model, removed, chosen.repair, calibration)
-    order = TrainOrder(TokenSet(tokens, "train"), model.config.block_size, config.batch_size, config.recovery_seed)
     steps = config.recovery_steps if removed else 0
-    pruned = recover(repaired, order, steps, config.recovery_max_lr)
+    order = TrainOrder(TokenSet(tokens, "train"), model.config.block_size, config.batch_size, config.recovery_seed)
+    pruned = recover(
+        remove_and_repair(model, removed, chosen.repair, calibration), order, steps, config.recovery_max_lr
+    )
 
     ranked = rank_by_similarity(model, similarities, taylor, calibration.moments)
     columns = [Column(name, "none") for name in ranked]
@@ -125,7 +127,7 @@ def study_pruning(
         **compare_with_chance(frontier, similar, plain, claimed, sets),
         **score_models(scored, benchmark, batch_tokens),
     }
-    return Study(
+    return PruningStudy(
         pruned,
         {f"heads_removed_{count}": smaller for count, smaller in by_redundancy.items()} | {"pruned": pruned},
         {
