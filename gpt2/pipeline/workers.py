@@ -24,8 +24,8 @@ def in_order(
 ) -> Generator[R, None, None]:
     """Yield `function(task)` for each task, computed by `workers` processes, or by this one if it is 1.
 
-    Function, tasks and `initializer`, which each worker process calls once, are pickled. At most AHEAD tasks a worker are
-    begun beyond the result that is yielded next. An exception of the function is raised here; a killed worker is a
+    Function, tasks and `initializer`, which each worker process calls once, are pickled. At most AHEAD tasks a worker
+    are begun beyond the result that is yielded next. An exception of the function is raised here; a killed worker is a
     UserError. Close the generator to stop early: then, and at its end, no process is left. If this process is killed,
     the workers end at once.
     """
