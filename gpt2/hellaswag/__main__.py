@@ -1,9 +1,9 @@
 """Compare two models on HellaSwag by McNemar's test on the same items.
 
-    python -m gpt2.hellaswag --compare A B
+    python -m gpt2.hellaswag A B
 
-A and B are files written by the stage hellaswag, or revisions and experiments of this repository that DVC has the file
-of: `--compare HEAD workspace`.
+A and B are files written by the stage hellaswag, or revisions and experiments of this repository whose file DVC has:
+`python -m gpt2.hellaswag HEAD workspace`.
 """
 
 from pathlib import Path
@@ -75,8 +75,13 @@ def render_comparisons(comparisons: dict[str, Comparison]) -> str:
 def main(argv: list[str] | None = None) -> None:
     """The command line above."""
     parser = Parser(prog="python -m gpt2.hellaswag", description="Compare two models on HellaSwag.")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), required=True, help="score files, or revisions")
-    a, b = parser.parse_args(argv).compare
+    parser.add_argument("sources", nargs="*", metavar="A B", help="two files of scores, or two revisions")
+    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="an older spelling of A B")
+    options = parser.parse_args(argv)
+    sources = options.compare or options.sources
+    if len(sources) != 2:
+        parser.error("name two models to compare: files of scores, or revisions")
+    a, b = sources
     with reporting("hellaswag"):
         print(render_comparisons(compare(read_scores(a), read_scores(b))))
 

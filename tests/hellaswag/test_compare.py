@@ -47,9 +47,10 @@ def test_the_interval_is_that_of_a_mean_of_differences():
     assert half == pytest.approx(1.96 * differences.std() / 10)
 
 
-def test_the_command_prints_both_models_and_p(tmp_path, capsys):
+@pytest.mark.parametrize("spelling", [[], ["--compare"]])
+def test_the_command_prints_both_models_and_p(tmp_path, capsys, spelling):
     sources = [write_scores(tmp_path / name, seed) for seed, name in enumerate("ab")]
-    main(["--compare", *sources])
+    main([*spelling, *sources])
     lines = capsys.readouterr().out.splitlines()
     assert lines[0].startswith("40 items")
     right = [(make_scores(seed)["harness_acc_norm"] == make_scores(seed)["label"]) for seed in range(2)]
@@ -100,5 +101,5 @@ def test_revisions_are_read_from_the_cache_of_dvc(tmp_path, monkeypatch, capsys)
     write_scores(SCORES, 2)
     pd.testing.assert_frame_equal(read_scores("workspace"), make_scores(2))
     with pytest.raises(SystemExit, match=r"hellaswag: nowhere is neither .* nor a revision .*dvc repro hellaswag"):
-        main(["--compare", "nowhere", "HEAD"])
+        main(["nowhere", "HEAD"])
     assert capsys.readouterr().out == ""
