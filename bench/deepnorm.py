@@ -81,7 +81,7 @@ ARMS = (
     replace(BASE, name="alpha 1", alpha=1.0),
     replace(BASE, name="blocks at 0.02", block_std=0.02),
     replace(BASE, name="slow blocks", slow="blocks", seed=2),
-    replace(BASE, name="rate 1e-4", max_lr=1e-4, seed=2),
+    replace(BASE, name="rate 0.0001", max_lr=1e-4, seed=2),
     replace(BASE, name="6 blocks", n_layer=6),
     replace(BASE, name="width 384", n_embd=384),
     replace(BASE, name="beta2 0.999", beta2=0.999),
@@ -285,7 +285,8 @@ def main(argv: list[str]) -> None:
     parser.add_argument("--processes", type=int, default=4)
     arguments = parser.parse_args(argv)
     if arguments.action == "run":
-        run(*arguments.files, arguments.processes)
+        tokens, out = arguments.files
+        run(tokens, out, arguments.processes)
     else:
         tabulate(arguments.files)
 
