@@ -1,4 +1,4 @@
-"""GPT-2 as Hugging Face's transformers stores it, read from a folder or from the hub and checked name by name.
+"""GPT-2's weights in the format of Hugging Face's transformers, read through transformers and checked name by name.
 
 A source is written FOLDER, FOLDER@SHA256 (at least eight digits of the digest of its weights), ID or ID@REVISION.
 """
@@ -6,11 +6,11 @@ A source is written FOLDER, FOLDER@SHA256 (at least eight digits of the digest o
 import hashlib
 import json
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from types import ModuleType
 
-import safetensors.torch
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
@@ -21,27 +21,27 @@ from gpt2.pipeline.files import UserError
 from gpt2.pipeline.params import build
 
 CONFIG, WEIGHTS, INDEX = "config.json", "model.safetensors", "model.safetensors.index.json"
-PREFIX = "transformer."
-# Our name of a size, its name in config.json, and its value where config.json does not give it.
+PREFIX, HEAD = "transformer.", "lm_head.weight"
+# Our name of a size, and its name in config.json.
 SIZES = {
-    "n_layer": ("n_layer", 12),
-    "n_head": ("n_head", 12),
-    "n_embd": ("n_embd", 768),
-    "block_size": ("n_positions", 1024),
-    "vocab_size": ("vocab_size", 50257),
+    "n_layer": "n_layer",
+    "n_head": "n_head",
+    "n_embd": "n_embd",
+    "block_size": "n_positions",
+    "vocab_size": "vocab_size",
 }
-# What else config.json must say for GPT2LMHeadModel to compute what GPT computes; the first value is the default.
+# What else config.json must say for GPT2LMHeadModel to compute what GPT computes.
 REQUIRED = {
-    "model_type": ("gpt2",),
     "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
     "layer_norm_epsilon": (1e-5,),
     "scale_attn_weights": (True,),
     "scale_attn_by_inverse_layer_idx": (False,),
     "add_cross_attention": (False,),
     "tie_word_embeddings": (True,),
+    "quantization_config": (None,),
 }
 # Masks that old versions saved along with the weights.
-BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias")
+BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias$")
 HUB_ID = re.compile(r"[\w-][\w.-]*(/[\w-][\w.-]*)?")
 MIN_PIN = 8
 
@@ -72,230 +72,147 @@ def load_pretrained(source: str, shape: GPTConfig | None = None, scale: str = "S
     nothing else, since no token looks ahead. Raises UserError listing all that does not fit, first in the configuration
     (the remedy names parameters of `scale`), then in the weights.
     """
-    place = _open(source)
-    theirs = _read_config(place, shape, scale)
-    files = _find_weights(place)
-    digest = hashlib.sha256()
-    for file in files:
-        with open(file, "rb") as content:
-            while chunk := content.read(2**24):
-                digest.update(chunk)
-    origin = Origin(place.name, place.commit, digest.hexdigest())
-    place.require_pin(origin.sha256)
+    name, pin = _split(source)
+    local = Path(name).is_dir()
+    folder = Path(name) if local else _download(name, pin or None)
+    theirs = _read_config(folder, shape, scale)
+    origin = Origin(name, None if local else folder.name, _digest(folder))
+    if local and pin and not (len(pin) >= MIN_PIN and origin.sha256.startswith(pin)):
+        raise UserError(
+            f"train.init_from = '{source}' must end in {MIN_PIN} or more digits of the sha256 of its weights, which is "
+            f"{origin.sha256}; set it to {name}@{origin.sha256[:12]} if you want these weights"
+        )
+    weights = _read_weights(folder, source)
     model = GPT(shape or theirs)
-    _copy_weights(model, _read_weights(files), theirs, source)
+    for key, parameter in model.state_dict().items():
+        tensor = weights[key].t() if is_transposed(key) else weights[key]
+        # Rows that pad the vocabulary stay zero; positions beyond the context are left out.
+        rows = min(len(parameter), len(tensor))
+        parameter[:rows] = tensor[:rows]
     return model, origin
 
 
 def check_source(source: str, shape: GPTConfig, scale: str) -> None:
     """Raise UserError if `source` is a folder whose configuration does not fit; weights and the hub are not read."""
-    if isinstance(place := _open(source), _Folder):
-        _read_config(place, shape, scale)
+    if (folder := Path(_split(source)[0])).is_dir():
+        _read_config(folder, shape, scale)
 
 
-class _Folder:
-    """Files of a local folder."""
+def _transformers() -> ModuleType:
+    """The library, which a run from scratch does not import. It logs nothing: our errors list what does not fit."""
+    import transformers
 
-    commit = None
-    unavailable = ""
-
-    def __init__(self, path: Path, pin: str):
-        self.name, self._path, self._pin = str(path), path, pin
-
-    def find(self, file: str) -> Path | None:
-        path = self._path / file
-        return path if path.is_file() else None
-
-    def require_pin(self, sha256: str) -> None:
-        if self._pin and not (len(self._pin) >= MIN_PIN and sha256.startswith(self._pin)):
-            raise UserError(
-                f"train.init_from = '{self.name}@{self._pin}' must end in {MIN_PIN} or more digits of the sha256 of "
-                f"its weights, which is {sha256}; set it to {self.name}@{sha256[:12]} if these are meant"
-            )
+    transformers.logging.set_verbosity_error()
+    transformers.logging.disable_progress_bar()
+    return transformers
 
 
-class _Hub:
-    """Files of a model repository of the hub, all of the commit of the first one."""
-
-    def __init__(self, name: str, revision: str | None):
-        self.name, self._revision = name, revision
-        self.commit: str | None = None
-        # Why the last file could not be looked for.
-        self.unavailable = ""
-
-    def find(self, file: str) -> Path | None:
-        # Imported here: a run from scratch, or from a folder, needs no client.
-        from huggingface_hub import hf_hub_download
-        from huggingface_hub.errors import EntryNotFoundError, LocalEntryNotFoundError
-
-        try:
-            path = Path(hf_hub_download(self.name, file, revision=self.commit or self._revision))
-        except LocalEntryNotFoundError as error:
-            self.unavailable = (
-                " in the cache, and the hub cannot be asked: unset HF_HUB_OFFLINE, or check the network and "
-                f"HF_ENDPOINT ({_one_line(error)})"
-            )
-            return None
-        except EntryNotFoundError:
-            return None
-        except (OSError, ValueError) as error:
-            raise UserError(
-                f"train.init_from: {self._named()} is no folder here and cannot be read from the hub "
-                f"({_one_line(error)}); mend the name or the revision, log in (hf auth login) if the "
-                "repository is private, or download it and give the folder"
-            ) from error
-        # …/snapshots/<commit>/<file>
-        self.commit = path.parent.name
-        return path
-
-    def require_pin(self, sha256: str) -> None:
-        """The hub was asked for the revision itself."""
-
-    def _named(self) -> str:
-        return f"{self.name}@{self._revision}" if self._revision else self.name
-
-
-def _one_line(error: Exception) -> str:
-    return " ".join(str(error).split()).rstrip(".")
-
-
-def _open(source: str) -> _Folder | _Hub:
+def _split(source: str) -> tuple[str, str]:
+    """A folder or the id of a model, and what follows its @: digits of a digest, or a revision."""
     if Path(source).is_dir():
-        return _Folder(Path(source), "")
-    folder, _, pin = source.rpartition("@")
+        return str(Path(source)), ""
+    folder, _, digits = source.rpartition("@")
     if folder and Path(folder).is_dir():
-        return _Folder(Path(folder), pin)
+        return str(Path(folder)), digits
     name, _, revision = source.partition("@")
-    if not HUB_ID.fullmatch(name):
-        raise UserError(
-            f"train.init_from = {source!r} is neither a folder here nor the id of a model on the hub; give a folder "
-            "with config.json and model.safetensors, or an id such as openai-community/gpt2"
-        )
-    return _Hub(name, revision or None)
+    if HUB_ID.fullmatch(name):
+        return name, revision
+    raise UserError(
+        f"train.init_from = {source!r} is neither a folder here nor the id of a model on the hub; give a folder with "
+        f"{CONFIG} and {WEIGHTS}, or an id such as openai-community/gpt2"
+    )
 
 
-def _read_json(path: Path) -> dict:
+def _download(name: str, revision: str | None) -> Path:
+    """The files of a model of the hub, in a folder of the cache that is named by their commit."""
+    from huggingface_hub import snapshot_download
+
     try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error}); get it again") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} must hold a JSON object; get it again")
-    return values
-
-
-def _read_config(place: _Folder | _Hub, shape: GPTConfig | None, scale: str) -> GPTConfig:
-    """The shape of the pretrained model. Raises UserError listing all that is not as in GPT or in `shape`."""
-    path = place.find(CONFIG)
-    if path is None:
+        return Path(snapshot_download(name, revision=revision, allow_patterns=[CONFIG, "model*.safetensors", INDEX]))
+    except (OSError, ValueError) as error:
         raise UserError(
-            f"train.init_from: {place.name} holds no {CONFIG}{place.unavailable}; give a folder or a model of the hub "
-            "that transformers can load"
-        )
-    values = {key: allowed[0] for key, allowed in REQUIRED.items()} | {"model_type": None} | _read_json(path)
-    sizes = {ours: values.get(theirs, default) for ours, (theirs, default) in SIZES.items()}
+            f"train.init_from: {name}{f'@{revision}' if revision else ''} is no folder here and cannot be read from "
+            f"the hub ({' '.join(str(error).split())}); correct the name or the revision, check the network, "
+            "HF_ENDPOINT and HF_HUB_OFFLINE, log in (hf auth login) if it is private, or give a folder"
+        ) from error
+
+
+def _read_config(folder: Path, shape: GPTConfig | None, scale: str) -> GPTConfig:
+    """The shape of the pretrained model. Raises UserError listing all that is not as in GPT or in `shape`."""
+    from huggingface_hub.errors import StrictDataclassError
+
+    path = folder / CONFIG
+    try:
+        given = json.loads(path.read_text(encoding="utf-8"))
+        config = _transformers().GPT2Config.from_dict(given)
+    except (OSError, ValueError, TypeError, AttributeError, StrictDataclassError) as error:
+        raise UserError(
+            f"train.init_from: {path} cannot be read as the configuration of a GPT-2 ({error}); give a folder or a "
+            "model of the hub that transformers can load"
+        ) from error
+    sizes = {ours: getattr(config, key) for ours, key in SIZES.items()}
     theirs = build(GPTConfig, {**sizes, "norm": "preln"}, str(path))
+    values = {"model_type": given.get("model_type"), "n_inner": config.n_inner}
+    values |= {key: getattr(config, key, None) for key in REQUIRED}
+    allowed = {"model_type": ("gpt2",), "n_inner": (None, 4 * theirs.n_embd), **REQUIRED}
     faults = [
-        f"{CONFIG}: {key} = {json.dumps(values[key])}, needed: {' or '.join(map(json.dumps, allowed))}"
-        for key, allowed in REQUIRED.items()
-        if values[key] not in allowed
+        f"{CONFIG}: {key} = {json.dumps(value)}, needed: {' or '.join(map(json.dumps, allowed[key]))}"
+        for key, value in values.items()
+        if value not in allowed[key]
     ]
-    if values.get("n_inner") not in (None, 4 * theirs.n_embd):
-        faults.append(f"{CONFIG}: n_inner = {json.dumps(values['n_inner'])}, needed: null or {4 * theirs.n_embd}")
-    changes = _list_changes(shape, theirs) if shape else {}
-    faults += [f"{key} = {getattr(shape, key)}, the weights have {value}" for key, value in changes.items()]
+    wanted = shape or theirs
+    changes = {key: getattr(theirs, key) for key in ("norm", *SIZES) if getattr(wanted, key) != getattr(theirs, key)}
+    if wanted.block_size < theirs.block_size:
+        del changes["block_size"]
+    faults += [f"{key} = {getattr(wanted, key)}, the weights have {value}" for key, value in changes.items()]
     if faults:
-        keys = {key: key if key == "norm" else f"{scale}.model.{key}" for key in changes.keys() - {"vocab_size"}}
-        remedies = "".join(f" -S {keys[key]}={value}" for key, value in changes.items() if key in keys)
-        remedy = f"take other weights{f', or set{remedies}' if remedies else ''}"
-        raise UserError(f"train.init_from: {place.name} does not fit:\n  " + "\n  ".join(faults) + f"\n{remedy}")
+        keys = {key: key if key == "norm" else f"{scale}.model.{key}" for key in changes if key != "vocab_size"}
+        settings = "".join(f" -S {name}={changes[key]}" for key, name in keys.items())
+        remedy = f"take other weights{f', or set{settings}' if settings else ''}"
+        raise UserError(f"train.init_from: {folder} does not fit:\n  " + "\n  ".join(faults) + f"\n{remedy}")
     return theirs
 
 
-def _list_changes(shape: GPTConfig, theirs: GPTConfig) -> dict[str, int | str]:
-    """Fields of `shape` that the pretrained model has otherwise, with its values."""
-    fields = {key: getattr(theirs, key) for key in ("norm", *SIZES)}
-    if shape.block_size <= theirs.block_size:
-        del fields["block_size"]
-    return {key: value for key, value in fields.items() if getattr(shape, key) != value}
-
-
-def _find_weights(place: _Folder | _Hub) -> list[Path]:
-    """The weight files: one, or the shards that the index names."""
-    if path := place.find(WEIGHTS):
-        return [path]
-    index = place.find(INDEX)
-    if index is None:
-        raise UserError(
-            f"train.init_from: {place.name} holds neither {WEIGHTS} nor {INDEX}{place.unavailable}; weights in a "
-            "pytorch_model.bin are a pickle, which can run code, and are not read: where you trust it, let "
-            "transformers load it and save_pretrained it to a folder, and give that"
-        )
+def _digest(folder: Path) -> str:
+    """SHA-256 of the weights: one file, or the shards that the index names in the order of their names."""
+    files = [folder / WEIGHTS]
     try:
-        names = sorted(set(_read_json(index)["weight_map"].values()))
-    except (KeyError, AttributeError, TypeError) as error:
-        raise UserError(f"{index} has no weight_map of names to files; get it again") from error
-    if strange := [name for name in names if Path(name).name != name]:
-        raise UserError(f"{index} names {', '.join(strange)}, and shards must lie beside it; take other weights")
-    found = {name: place.find(name) for name in names}
-    if missing := [name for name, path in found.items() if path is None]:
+        if not files[0].is_file() and (folder / INDEX).is_file():
+            index = json.loads((folder / INDEX).read_text(encoding="utf-8"))
+            files = [folder / name for name in sorted(set(index["weight_map"].values()))]
+        digest = hashlib.sha256()
+        for file in files:
+            with open(file, "rb") as content:
+                while chunk := content.read(2**24):
+                    digest.update(chunk)
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
-            f"train.init_from: {place.name} lacks {', '.join(missing)}, which {INDEX} names{place.unavailable}; get "
-            "them again"
-        )
-    return [path for path in found.values() if path]
+            f"train.init_from: the weights of {folder} cannot be read ({type(error).__name__}: {error}); get "
+            f"{WEIGHTS}, or {INDEX} and the shards that it names. A pytorch_model.bin is a pickle, which can run code, "
+            "and is not read: where you trust it, let transformers load it and save_pretrained it to a folder"
+        ) from error
+    return digest.hexdigest()
 
 
-def _read_weights(files: Sequence[Path]) -> dict[str, Tensor]:
-    state: dict[str, Tensor] = {}
-    for file in files:
-        try:
-            state |= safetensors.torch.load_file(file)
-        except (OSError, SafetensorError) as error:
-            raise UserError(f"{file} cannot be read ({error}); get it again") from error
-    return state
+def _read_weights(folder: Path, source: str) -> Mapping[str, Tensor]:
+    """Weights of GPT2Model. Raises UserError listing all that are missing, unexpected, of another shape or not finite.
 
-
-@torch.no_grad()
-def _copy_weights(model: GPT, state: dict[str, Tensor], theirs: GPTConfig, source: str) -> None:
-    """Fill the model. Raises UserError listing every weight that is missing, unknown, or of another shape or kind."""
-    found: dict[str, Tensor] = {}
-    faults = []
-    for name, tensor in state.items():
-        short = name.removeprefix(PREFIX)
-        if short in found:
-            faults.append(f"{short}: found twice, with {PREFIX} and without")
-        if not BUFFERS.fullmatch(short):
-            found[short] = tensor
-    head = found.pop("lm_head.weight", None)
-    if head is not None and "wte.weight" in found and not torch.equal(head, found["wte.weight"]):
-        faults.append("lm_head.weight: differs from wte.weight, and GPT-2 has one matrix for both")
-    parameters = model.state_dict()
-    for name in sorted(parameters.keys() | found.keys()):
-        if fault := _find_fault(name, parameters.get(name), found.get(name), theirs):
-            faults.append(f"{name}: {fault}")
+    Read without tying, so that a head of its own is compared with the embedding.
+    """
+    options = {"use_safetensors": True, "ignore_mismatched_sizes": True, "output_loading_info": True}
+    kind = _transformers().GPT2LMHeadModel
+    try:
+        model, found = kind.from_pretrained(folder, dtype=torch.float32, tie_word_embeddings=False, **options)
+    except (OSError, KeyError, SafetensorError) as error:
+        raise UserError(f"train.init_from: the weights of {source} cannot be read ({error}); get them again") from error
+    weights, head = model.transformer.state_dict(), model.lm_head.weight
+    faults = [f"{key}: missing" for key in found["missing_keys"] - {HEAD}]
+    faults += [f"{key}: not a weight of GPT-2" for key in found["unexpected_keys"] if not BUFFERS.search(key)]
+    faults += [f"{key}: expected {(*ours,)}, found {(*theirs,)}" for key, theirs, ours in found["mismatched_keys"]]
+    faults += [f"{PREFIX}{key}: not finite" for key, tensor in weights.items() if not tensor.isfinite().all()]
+    if not faults and HEAD not in found["missing_keys"] and not head.equal(weights["wte.weight"]):
+        faults = [f"{HEAD}: differs from {PREFIX}wte.weight, and GPT-2 has one matrix for both"]
     if faults:
-        raise UserError(f"train.init_from: the weights of {source} are not those of a GPT-2:\n  " + "\n  ".join(faults))
-    for name, parameter in parameters.items():
-        tensor = found[name].t() if is_transposed(name) else found[name]
-        # Rows that pad the vocabulary stay zero; positions beyond the context are left out.
-        rows = min(len(parameter), len(tensor))
-        parameter[:rows] = tensor[:rows]
-
-
-def _find_fault(name: str, parameter: Tensor | None, tensor: Tensor | None, theirs: GPTConfig) -> str:
-    """What is wrong with a weight `tensor` for our `parameter`, in words; "" if nothing is."""
-    if parameter is None or tensor is None:
-        return "missing" if tensor is None else f"not a weight of GPT-2, shape {tuple(tensor.shape)}"
-    expected, shape = tuple(parameter.shape), tuple(tensor.shape)
-    if is_transposed(name):
-        expected = expected[::-1]
-    elif name == "wte.weight":
-        expected = (theirs.vocab_size, theirs.n_embd)
-    elif name == "wpe.weight":
-        expected = (theirs.block_size, theirs.n_embd)
-    if shape != expected:
-        return f"expected {expected}, found {shape}{', the transpose' * (shape == expected[::-1])}"
-    if not tensor.is_floating_point():
-        return f"expected floating point, found {tensor.dtype}"
-    return "" if tensor.isfinite().all() else "holds values that are not finite"
+        listed = "\n  ".join(sorted(faults))
+        raise UserError(f"train.init_from: the weights of {source} are not those of a GPT-2:\n  {listed}")
+    return weights

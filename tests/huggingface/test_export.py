@@ -254,7 +254,7 @@ def test_the_card_of_a_pruned_model_cites_its_own_figures(tmp_path):
     assert "val_loss" not in text and "hellaswag" not in text
 
 
-def test_the_card_tells_of_a_run_that_diverged(tmp_path):
+def test_the_card_reports_a_run_that_diverged(tmp_path):
     write_run(tmp_path, diverged_at_step=17)
     assert "The run diverged at step 17" in card_of(tmp_path)[1]
 
@@ -268,16 +268,16 @@ def test_the_card_of_loaded_weights_names_their_origin_and_no_training(tmp_path)
 
 
 @pytest.mark.parametrize("name", ["gpt2", "another"])
-def test_nothing_is_told_that_is_not_recorded_of_this_model(tmp_path, name):
+def test_nothing_is_stated_that_is_not_recorded_of_this_model(tmp_path, name):
     if name == "another":
         write_run(tmp_path)
     _, text = card_of(tmp_path, name)
-    assert "Not recorded beside the model." in text and "None are recorded beside the model." in text
+    assert "Not recorded with the model." in text and "None are recorded with the model." in text
     assert "metrics/" not in text
 
 
 def test_a_lock_that_cannot_be_read_is_named(tmp_path):
     write_run(tmp_path)
     (tmp_path / "dvc.lock").write_text("stages: [")
-    with pytest.raises(UserError, match=r"(?s)dvc\.lock cannot be read .*bring it back from Git"):
+    with pytest.raises(UserError, match=r"(?s)dvc\.lock cannot be read .*restore it from Git"):
         card_of(tmp_path)
