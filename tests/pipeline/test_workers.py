@@ -164,5 +164,5 @@ def test_workers_die_with_their_parent():
         assert len(family) >= 2
         parent.kill()
         parent.wait()
-        _, alive = psutil.wait_procs(family, timeout=5)
+        _, alive = psutil.wait_procs(family, timeout=25)
         assert alive == []
