@@ -2,11 +2,13 @@
 
 from pathlib import Path
 
+from gpt2.data.shards import TokenSet
 from gpt2.data.vocabulary import copy_vocabulary
 from gpt2.heads.similarity import load_similarities
 from gpt2.hellaswag.items import load_benchmark
 from gpt2.hellaswag.scoring import HellaswagConfig
 from gpt2.model.dist import setup_device
+from gpt2.model.evaluate import require_fit
 from gpt2.model.weights import load_model, save_model
 from gpt2.pipeline.files import write_csv, write_json
 from gpt2.pipeline.hardware import HardwareConfig
@@ -28,10 +30,9 @@ def main() -> None:
         config = stage.load("prune", PruneConfig)
         batch_tokens = stage.load("hellaswag", HellaswagConfig).batch_tokens
         model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
-        similarities, benchmark = (
-            load_similarities(SIMILARITIES, model.config),
-            load_benchmark(TOKENS / "hellaswag.npz"),
-        )
+        require_fit(model, TokenSet(TOKENS, "test"))
+        similarities = load_similarities(SIMILARITIES, model.config)
+        benchmark = load_benchmark(TOKENS / "hellaswag.npz")
         study = study_pruning(model, config, TOKENS, similarities, benchmark, batch_tokens)
         copy_vocabulary(MODEL, PRUNED)
         save_model(study.pruned, PRUNED)

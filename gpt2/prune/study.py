@@ -13,7 +13,6 @@ from gpt2.data.shards import TokenSet
 from gpt2.data.windows import spread_windows
 from gpt2.heads.similarity import list_heads
 from gpt2.hellaswag.items import Benchmark
-from gpt2.model.evaluate import require_fit
 from gpt2.model.gpt import GPT
 from gpt2.prune.criteria import rank_heads, score_taylor
 from gpt2.prune.frontier import (
@@ -66,7 +65,6 @@ class PruningStudy:
 def read_text(folder: Path, model: GPT, config: PruneConfig) -> Text:
     """Read the windows from the token sets in `folder`; the greedy search takes more of the split that scores."""
     train, val, test = (TokenSet(folder, split) for split in ("train", "val", "test"))
-    require_fit(model, test)
     return Text(
         *(
             spread_windows(tokens, model.config.block_size, count)
