@@ -1,6 +1,5 @@
 """Each check of the preflight passes where a run can start, and fails by naming key, value and remedy where not."""
 
-import os
 import shutil
 import socket
 from collections.abc import Iterator
@@ -9,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import zc.lockfile
 from transformers import GPT2Config
 
 from gpt2.check import __main__ as command
@@ -28,6 +28,7 @@ from gpt2.check.preflight import (
     estimate_tokens,
 )
 from gpt2.pipeline.files import UserError
+from gpt2.pipeline.params import SCALES
 from gpt2.tokenizer import encodings
 from tests.check.changed import change, plan_of
 from tests.closure import ROOT
@@ -224,6 +225,14 @@ def test_time_is_measured_by_real_steps_and_scales_with_their_number():
     assert f"{plan.train.max_steps * 64:,} tokens" in text
 
 
+def test_a_length_in_epochs_is_that_of_the_training_split(monkeypatch):
+    monkeypatch.setattr(preflight, "training_rate", lambda _: (1000.0, "invented"))
+    epochs = {"train__max_steps": None, "train__epochs": 2.0}
+    assert check_time(plan_of(**epochs)).startswith("unknown")
+    # Two epochs of 98 % of a million tokens.
+    assert "33 min: 1,960,000 tokens" in check_time(plan_of(**epochs, prepare__max_bytes=4_000_000))
+
+
 def test_a_rate_of_a_comparable_run_here_is_used(monkeypatch):
     plan = plan_of()
     block = plan.block | {"norm": "preln"}
@@ -232,10 +241,12 @@ def test_a_rate_of_a_comparable_run_here_is_used(monkeypatch):
     estimate.RECORDED.parent.mkdir(parents=True)
     estimate.RECORDED.write_text('{"processes": 2, "tokens_per_s": 1234.5}')
     assert estimate.training_rate(plan)[0] == 1234.5
-    # Of another model, another number of processes, or of this machine's GPU, it says nothing.
+    # It says nothing of another model or another number of processes, nor if Git's commit brought it.
     monkeypatch.setattr(estimate, "_measure_rate", lambda _: (7.0, 1))
     assert estimate.training_rate(plan_of(model__n_layer=2))[0] == 7.0
     assert estimate.training_rate(plan_of(hardware__nproc=1))[0] == 7.0
+    monkeypatch.setattr(estimate.subprocess, "run", lambda *_, **__: SimpleNamespace(returncode=0))
+    assert estimate.training_rate(plan)[0] == 7.0
 
 
 def test_all_faults_are_reported_at_once_and_the_command_fails(monkeypatch, capsys, repository):
@@ -252,4 +263,20 @@ def test_the_shipped_tiny_scale_is_ready(monkeypatch, capsys):
     monkeypatch.setattr(estimate, "_measure_rate", lambda _: (1000.0, 20))
     command.main([])
     assert capsys.readouterr().out.rstrip().endswith("READY for tiny")
-    assert os.listdir() and not [name for name in os.listdir() if name.startswith(".check_")]
+
+
+@pytest.mark.parametrize("scale", SCALES)
+def test_nothing_is_changed_no_lock_is_waited_for_and_no_connection_opened(scale, repository, monkeypatch):
+    def refuse(*_, **__):
+        raise AssertionError("the network was asked")
+
+    monkeypatch.setattr(estimate, "_measure_rate", lambda _: (1000.0, 20))
+    monkeypatch.setattr(socket.socket, "connect", refuse)
+    (repository / ".dvc/tmp").mkdir()
+    lock = zc.lockfile.LockFile(str(repository / ".dvc/tmp/lock"))
+    try:
+        before = {path: path.stat().st_mtime_ns for path in repository.rglob("*") if path.is_file()}
+        assert command.examine(change(scale, {}), scale)[0][0] == "ok"
+        assert {path: path.stat().st_mtime_ns for path in repository.rglob("*") if path.is_file()} == before
+    finally:
+        lock.close()
