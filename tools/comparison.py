@@ -1,14 +1,13 @@
-"""Two runs of the pipeline compared: bit for bit by the md5 of every result, or within tolerances across processors."""
+"""Two runs of the pipeline compared: bit for bit by the md5 of every result, or by verdicts and spread over models."""
 
 import hashlib
 import json
-import math
 from collections.abc import Container, Mapping
-from dataclasses import dataclass
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
 from ruamel.yaml import YAML
+from scipy.stats import ttest_ind_from_stats
 
 # Measured times, or pages that show them.
 TIMED = ("metrics/speed/*", "plots/timed", "report.md", "report.html")
@@ -30,64 +29,13 @@ class Row(NamedTuple):
     verdict: str
 
 
-@dataclass(frozen=True)
-class Tolerance:
-    """How far a metric may be from the recorded value: `absolute`, or `relative` to that value if it is more."""
-
-    absolute: float = 0.0
-    relative: float = 0.0
-
-    def allows(self, recorded: float, found: float) -> bool:
-        return math.isclose(found, recorded, abs_tol=max(self.absolute, self.relative * abs(recorded)), rel_tol=0)
-
-
-ANY = Tolerance(absolute=math.inf)
-# The first pattern that fits `file.key` decides; what fits none must be equal. A rounding difference grows over some
-# hundred training steps to a different model of the same quality, so the tolerances are those of another seed.
-TOLERANCES = {
-    "train.unigram_entropy": Tolerance(relative=1e-9),
-    "norm_study.unigram_*": Tolerance(relative=1e-9),
-    "train.attention_backend": ANY,
-    "tokenizer.*even_bits_per_byte": Tolerance(relative=1e-9),
-    "tokenizer.*bits_per_byte": Tolerance(relative=0.05),
-    "tokenizer.budget_*_best_vocab_size": ANY,
-    # Where a norm fails is chaotic, and the study looks for where they fail.
-    "norm_study.*_diverged*": ANY,
-    "norm_study.*_stalled": ANY,
-    "norm_study.*_spikes": ANY,
-    "norm_study.*_best_max_lr": ANY,
-    "norm_study.*_best_warmup_steps": ANY,
-    "norm_study.*_settings_*": ANY,
-    # The largest of a stalled run's gradients: 6 on one processor was 1,430 on another.
-    "norm_study.*_max_grad_norm": ANY,
-    "norm_study.*_val_loss": Tolerance(relative=0.1),
-    "train.*_loss": Tolerance(relative=0.02),
-    "train.val_bits_per_byte": Tolerance(relative=0.02),
-    # 2 % of a loss of 5 nats, exponentiated.
-    "*.*perplexity": Tolerance(relative=0.1),
-    "train.loss_spikes": Tolerance(absolute=2),
-    "train.max_grad_norm": Tolerance(relative=0.5),
-    "*.*_stderr": Tolerance(absolute=0.005),
-    "train.hellaswag_acc*": Tolerance(absolute=0.05),
-    "hellaswag.*_acc*": Tolerance(absolute=0.05),
-    "heads.*redundant_*percent": Tolerance(absolute=50),
-    "heads.*redundant_*": Tolerance(absolute=10, relative=0.5),
-    "heads.largest_cluster": Tolerance(absolute=6),
-    "heads.*rank_correlation": Tolerance(absolute=0.5),
-    "heads.*_threshold*": Tolerance(absolute=0.5),
-    # The largest of all pairs is one pair's, which another model may not have.
-    "heads.*max_*similarity*": Tolerance(absolute=0.5),
-    "heads.*similarity*": Tolerance(absolute=0.1),
-    "prune.*rise_percent*": Tolerance(absolute=5, relative=0.5),
-    "prune.*max_pruned_percent*": Tolerance(absolute=25),
-    "prune.*hellaswag*_p": ANY,
-    "prune.*hellaswag*": Tolerance(absolute=0.05),
-    "prune.*cheaper_random_sets*": ANY,
-    "prune.*rank_correlation*": Tolerance(absolute=0.5),
-    "prune.pruned_by_*": ANY,
-    "prune.pruned_params": Tolerance(relative=0.05),
-    "prune.pruned_*": Tolerance(absolute=25),
-}
+# Metrics file of the spread over models, and of the verdicts.
+SPREAD, SUMMARY = "replicates", "summary"
+VERDICT = "verdict_"
+# A verdict that the models leave open may be given on another processor.
+OPEN = "undecided"
+# Chance, over all figures, that two groups of models of the same distribution are called different.
+SIGNIFICANCE = 0.05
 
 
 def read_lock(text: str) -> dict[str, dict]:
@@ -149,20 +97,48 @@ def _inputs(entry: Mapping, outputs: Container[str]) -> dict[str, object]:
     return {**code, **params, "cmd": entry["cmd"]}
 
 
-def list_deviations(name: str, recorded: Mapping, found: Mapping) -> list[str]:
-    """Keys of the metric file `name` that are absent, new, or further from the recorded value than is allowed."""
-    faults = [f"{name}.{key} is missing" for key in recorded.keys() - found.keys()]
-    faults += [f"{name}.{key} is new" for key in found.keys() - recorded.keys()]
-    for key in recorded.keys() & found.keys():
-        old, new = recorded[key], found[key]
-        tolerance = next((t for pattern, t in TOLERANCES.items() if fnmatchcase(f"{name}.{key}", pattern)), Tolerance())
-        numbers = isinstance(old, int | float) and isinstance(new, int | float)
-        if old != new and tolerance is not ANY and not (numbers and tolerance.allows(old, new)):
-            faults.append(f"{name}.{key} = {new}, recorded {old}, allowed ± {_allowed(tolerance, old)}")
-    return sorted(faults)
+def list_deviations(recorded: Mapping[str, Mapping], found: Mapping[str, Mapping]) -> list[str]:
+    """What another processor must not change in the metrics, by file: their keys, the verdicts, and the models.
+
+    Training magnifies a difference in rounding to another model, as another seed does. So a verdict may differ only
+    from or to undecided, and the figures over all models may differ as far as those of other seeds would.
+    """
+    faults = []
+    for name in sorted(recorded.keys() & found.keys()):
+        old, new = recorded[name], found[name]
+        faults += [f"{name}.{key} is missing" for key in sorted(old.keys() - new.keys())]
+        faults += [f"{name}.{key} is new" for key in sorted(new.keys() - old.keys())]
+    faults += list_changed_verdicts(recorded.get(SUMMARY, {}), found.get(SUMMARY, {}))
+    return faults + list_other_models(recorded.get(SPREAD, {}), found.get(SPREAD, {}))
 
 
-def _allowed(tolerance: Tolerance, recorded: object) -> str:
-    if not isinstance(recorded, int | float):
-        return "nothing"
-    return f"{max(tolerance.absolute, tolerance.relative * abs(recorded)):.4g}"
+def list_changed_verdicts(recorded: Mapping, found: Mapping) -> list[str]:
+    """Verdicts of metrics/summary.json that differ, those that are undecided in either run left out."""
+    keys = [key for key in sorted(recorded.keys() & found.keys()) if key.startswith(VERDICT)]
+    return [
+        f"{key.removeprefix(VERDICT)}: {found[key]}, recorded {recorded[key]}"
+        for key in keys
+        if recorded[key] != found[key] and OPEN not in (recorded[key], found[key])
+    ]
+
+
+def list_other_models(recorded: Mapping, found: Mapping) -> list[str]:
+    """Figures of metrics/replicates.json in which two groups of models differ by more than chance.
+
+    Welch's test of the means, with Bonferroni's correction for the number of figures. Figures that do not vary in
+    either group must be equal.
+    """
+    names = [key.removesuffix("_sd") for key in sorted(recorded.keys() & found.keys()) if key.endswith("_sd")]
+    faults = []
+    for name in names:
+        (mean, sd, n), (other_mean, other_sd, other_n) = (
+            (run[f"{name}_mean"], run[f"{name}_sd"], run["models"]) for run in (recorded, found)
+        )
+        if sd == other_sd == 0:
+            differ = mean != other_mean
+        else:
+            test = ttest_ind_from_stats(mean, sd, n, other_mean, other_sd, other_n, equal_var=False)
+            differ = not test.pvalue >= SIGNIFICANCE / len(names)
+        if differ:
+            faults.append(f"{name} = {other_mean:.4g} ± {other_sd:.4g}, recorded {mean:.4g} ± {sd:.4g}")
+    return faults

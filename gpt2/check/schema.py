@@ -14,6 +14,7 @@ from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.params import PARAMS_FILE, REMEDY, SCALES, Config, active_scale, build, load
 from gpt2.prepare.prepare import PrepareConfig
 from gpt2.prune.remove import PruneConfig
+from gpt2.replicates.study import ReplicatesConfig
 from gpt2.tokenizer.bpe import VocabularyConfig
 from gpt2.tokenizer.encodings import GPT2, GPT2_VOCAB_SIZE, load_encoding
 from gpt2.tokenizer.tokenize import TokenizeConfig
@@ -36,6 +37,7 @@ SECTIONS: dict[str, type[Config]] = {
     "generate": GenerateConfig,
     "heads": HeadsConfig,
     "prune": PruneConfig,
+    "replicates": ReplicatesConfig,
 }
 # Fields of a section that come from elsewhere, with values that are always valid.
 KNOWN: dict[str, dict[str, object]] = {"model": {"norm": "preln", "vocab_size": 1}}

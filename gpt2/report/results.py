@@ -2,12 +2,28 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 
 from gpt2.pipeline.files import UserError, read_json
+
+MODELS = "replicates/models.csv"
+
+
+@dataclass(frozen=True)
+class Model:
+    """The figures of one model of the main line, named file.key."""
+
+    figures: Mapping[str, Any]
+
+    def value(self, name: str) -> Any:
+        """The figure `file.key`. Raises UserError if no column of plots/replicates/models.csv has it."""
+        if name not in self.figures:
+            raise UserError(f"plots/{MODELS} lacks the column {name}; run its stage again: {_remedy(MODELS)}")
+        return self.figures[name]
 
 
 @dataclass(frozen=True)
@@ -40,6 +56,17 @@ class Results:
         """Whether there is the metric `file.key`."""
         stem, key = name.split(".", 1)
         return key in read_json(self.root / "metrics" / f"{stem}.json")
+
+    @cached_property
+    def models(self) -> list[Model]:
+        """All models of the main line, the main one first."""
+        return [
+            Model({str(name): row[name] for name in row.index}) for _, row in self.table(MODELS, ["seed"]).iterrows()
+        ]
+
+    def over_models(self, name: str) -> list[float]:
+        """The figure `file.key` of every model."""
+        return [float(model.value(name)) for model in self.models]
 
     def speed(self, stage: str) -> dict[str, float]:
         """Seconds, memory and rates that a stage measured of itself."""

@@ -4,6 +4,7 @@ import math
 
 import numpy as np
 import torch
+from scipy.stats import spearmanr
 from torch.nn.attention import SDPBackend
 
 from gpt2.data.order import TrainOrder, sample_windows
@@ -25,6 +26,8 @@ SOURCES = source_files(
 # Parameters that change only the cost of a run, not its result.
 COST_ONLY = {"micro_batch", "compile", "checkpoint_interval", "log_interval"}
 
+# Of the steps: where the last part of a training begins.
+LATE = 0.8
 # Dense bf16 peak in FLOP/s by part of the device name (vendors' data sheets).
 PEAK_FLOPS = {"H200": 989e12, "H100": 989e12, "A100": 312e12}
 
@@ -56,8 +59,15 @@ def run_figures(
     windows_per_epoch: int,
     n_items: int,
 ) -> dict[str, float]:
-    """Figures of metrics/train.json. train_loss is the mean over the last log_interval steps."""
-    rows, (model_step, _, val_loss, acc, acc_norm) = result.rows["train"], result.rows["eval"][-1]
+    """Figures of metrics/train.json.
+
+    train_loss is the mean over the last log_interval steps. val_loss_late_fall_percent is how much the validation loss
+    fell over the last fifth of the steps (from the evaluation nearest to 80 % of them), as a share of its last value.
+    hellaswag_rank_correlation is Spearman's, of the accuracy acc_norm with the step over the evaluations.
+    """
+    rows, evals = result.rows["train"], result.rows["eval"]
+    model_step, _, val_loss, acc, acc_norm = evals[-1]
+    late = min(evals, key=lambda row: abs(row[0] - LATE * model_step))
     losses = [row[2] for row in rows] or [val_loss]
     seen = len(rows) * config.tokens_per_step
     return {
@@ -77,9 +87,13 @@ def run_figures(
         # Capped where the exponential would overflow.
         "val_perplexity": math.exp(min(val_loss, 700.0)),
         "val_bits_per_byte": val_loss / math.log(2) * val.n_tokens / val.n_bytes,
+        "val_loss_late_fall_percent": 100 * (late[2] / val_loss - 1),
         "hellaswag_acc": acc,
         "hellaswag_acc_norm": acc_norm,
         "hellaswag_items": n_items,
+        "hellaswag_evaluations": len(evals),
+        "hellaswag_first_acc_norm": evals[0][4],
+        "hellaswag_rank_correlation": _rank_correlation([row[4] for row in evals]),
         "max_grad_norm": max((row[4] for row in rows), default=0.0),
         "loss_spikes": count_spikes(losses),
         "diverged": int(result.diverged_at_step >= 0),
@@ -88,6 +102,11 @@ def run_figures(
         # A run that diverged has not stalled as well: it broke off.
         "stalled": int(result.diverged_at_step < 0 and has_stalled(val_loss, tokens.unigram_entropy)),
     }
+
+
+def _rank_correlation(values: list[float]) -> float:
+    """Spearman's correlation of the values with their order; 0 if they are all equal."""
+    return float(spearmanr(range(len(values)), values).statistic) if len(set(values)) > 1 else 0.0
 
 
 def run_speed(result: TrainResult, config: TrainConfig, model_config: GPTConfig, dist: Dist) -> dict[str, float]:

@@ -2,20 +2,16 @@
 
 import logging
 from contextlib import nullcontext
-from dataclasses import dataclass
 from pathlib import Path
 
-from gpt2.data.order import TrainOrder
 from gpt2.data.shards import TokenSet
 from gpt2.data.vocabulary import copy_vocabulary
 from gpt2.data.windows import eval_windows
-from gpt2.hellaswag.items import load_benchmark
 from gpt2.hellaswag.scoring import HellaswagConfig
 from gpt2.huggingface.pretrained import load_pretrained
 from gpt2.model.config import GPTConfig
-from gpt2.model.dist import Dist, distributed, make_deterministic
+from gpt2.model.dist import Dist, distributed
 from gpt2.model.evaluate import mean_loss
-from gpt2.model.gpt import GPT
 from gpt2.model.weights import save_model
 from gpt2.pipeline import params
 from gpt2.pipeline.files import write_csv, write_json
@@ -25,8 +21,9 @@ from gpt2.pipeline.scratch import drop, locked, scratch_folder
 from gpt2.pipeline.stage import Stage
 from gpt2.train.checkpoint import require_agreement
 from gpt2.train.curves import TABLES
-from gpt2.train.loop import Evaluation, TrainConfig, TrainResult, fit, measure_loaded
-from gpt2.train.results import SOURCES, describe_length, run_figures, run_identity, run_speed
+from gpt2.train.loop import TrainConfig, TrainResult, fit, measure_loaded
+from gpt2.train.results import SOURCES, describe_length, run_speed
+from gpt2.train.setup import Run, build_run
 
 TOKENS = Path("data/tokens")
 MODEL = Path("models/gpt2")
@@ -35,44 +32,19 @@ METRICS = Path("metrics/train.json")
 log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class Run:
-    """What this process trains, or loads, and measures."""
-
-    config: TrainConfig
-    model: GPT
-    tokens: TokenSet
-    val: TokenSet
-    order: TrainOrder
-    evaluation: Evaluation
-    dist: Dist
-
-
 def prepare_run(stage: Stage, dist: Dist) -> Run:
-    """Read parameters and tokens, and make the model."""
+    """Read the parameters of the stage and make its run."""
     config = stage.load("train", TrainConfig)
-    if config.deterministic:
-        make_deterministic()
-    tokens, val = TokenSet(TOKENS, "train"), TokenSet(TOKENS, "val")
-    shape = stage.load("model", GPTConfig, norm=stage.top("norm"), vocab_size=tokens.vocabulary.vocab_size)
-    if not config.init_from:
-        config.accumulation(shape.block_size, dist.world_size)
-    order = TrainOrder(tokens, shape.block_size, config.batch_windows(shape.block_size), config.seed)
-    config = config.in_steps(order)
-    log.info("%s", describe_length(config, order))
-    evaluation = Evaluation(
-        eval_windows(val, shape.block_size, config.eval_tokens),
-        load_benchmark(TOKENS / "hellaswag.npz").first(config.eval_items),
-        config.micro_batch,
-        stage.load("hellaswag", HellaswagConfig).batch_tokens,
-        config.precision,
-    )
-    return Run(config, GPT(shape, config.seed).to(dist.device), tokens, val, order, evaluation, dist)
+    vocabulary = TokenSet(TOKENS, "train").vocabulary
+    shape = stage.load("model", GPTConfig, norm=stage.top("norm"), vocab_size=vocabulary.vocab_size)
+    run = build_run(config, shape, stage.load("hellaswag", HellaswagConfig).batch_tokens, TOKENS, dist)
+    log.info("%s", describe_length(run.config, run.order))
+    return run
 
 
 def train_from_scratch(stage: Stage, run: Run) -> Path:
     """Train in this process and, in the main one, write the outputs. Return the folder of the resume state."""
-    scratch = scratch_folder("train", run_identity(run.model.config, run.config, run.tokens), SOURCES)
+    scratch = scratch_folder("train", run.identity, SOURCES)
     require_agreement(scratch, run.dist)
     with locked(scratch) if run.dist.is_main else nullcontext():
         result = fit(run.model, run.config, run.order, run.evaluation, run.dist, scratch)
@@ -102,9 +74,7 @@ def write_outputs(stage: Stage, run: Run, result: TrainResult, **figures: float 
         return
     for table, columns in TABLES.items():
         write_csv(CURVES / f"{table}.csv", columns, result.rows[table])
-    n_items = len(run.evaluation.benchmark.labels)
-    trained = run_figures(result, run.config, run.model, run.tokens, run.val, run.order.windows_per_epoch, n_items)
-    write_json(METRICS, {**trained, **figures})
+    write_json(METRICS, {**run.figures(result), **figures})
     copy_vocabulary(TOKENS, MODEL)
     save_model(run.model, MODEL)
     stage.timed |= run_speed(result, run.config, run.model.config, run.dist)

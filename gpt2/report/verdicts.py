@@ -1,0 +1,97 @@
+"""Rules that turn figures of several models, or runs, into a verdict.
+
+A claim about models is judged on all of them: the main model and its replicates. It has passed, or failed, only where
+the models agree; otherwise it is undecided.
+"""
+
+from collections.abc import Mapping, Sequence
+from typing import Literal, NamedTuple
+
+import numpy as np
+from scipy import stats
+
+Verdict = Literal["passed", "failed", "undecided", "untested", "by construction"]
+VERDICTS: tuple[Verdict, ...] = ("passed", "failed", "undecided", "untested", "by construction")
+# Of the intervals and tests here.
+SIGNIFICANCE = 0.05
+
+
+class Finding(NamedTuple):
+    """What the figures say about a claim: the verdict, and what was measured as text."""
+
+    verdict: Verdict
+    measured: str
+
+
+def of_fact(holds: bool) -> Verdict:
+    """Verdict on something that is counted, not estimated."""
+    return "passed" if holds else "failed"
+
+
+def mean_interval(values: Sequence[float], significance: float = SIGNIFICANCE) -> tuple[float, float]:
+    """Two-sided t interval of the mean over models. Of equal values, or of a single one, it is that value."""
+    mean = float(np.mean(values))
+    if len(values) < 2 or np.ptp(values) == 0:
+        return mean, mean
+    low, high = stats.t.interval(1 - significance, len(values) - 1, mean, stats.sem(values))
+    return float(low), float(high)
+
+
+def of_margins(margins: Sequence[float], significance: float = SIGNIFICANCE) -> Verdict:
+    """Verdict on a figure that must be above 0, by the interval of its mean over models.
+
+    Passed if the interval is above 0, failed if it is not, undecided if it holds 0. NaN, of a model that diverged, is
+    undecided.
+    """
+    if not np.isfinite(margins).all():
+        return "undecided"
+    low, high = mean_interval(margins, significance)
+    if low > 0:
+        return "passed"
+    return "failed" if high <= 0 else "undecided"
+
+
+def of_interval(low: float, high: float) -> Verdict:
+    """Verdict on one model's figure that must be above 0, by its own interval over text."""
+    if low > 0:
+        return "passed"
+    return "failed" if high <= 0 else "undecided"
+
+
+def of_each(held: Sequence[bool]) -> Verdict:
+    """Verdict on something that a model either has or has not: passed if all have it, failed if none."""
+    if all(held):
+        return "passed"
+    return "undecided" if any(held) else "failed"
+
+
+def of_best(margins: Mapping[str, Sequence[float]]) -> tuple[Verdict, str]:
+    """Verdict on whether one of several alternatives has a figure above 0, and the alternative of the largest mean.
+
+    Bonferroni: each interval is as wide as the number of alternatives asks for. Failed only if no alternative's plain
+    interval reaches above 0.
+    """
+    best = max(margins, key=lambda name: float(np.mean(margins[name])))
+    if any(of_margins(values, SIGNIFICANCE / len(margins)) == "passed" for values in margins.values()):
+        return "passed", best
+    failed = all(of_margins(values) == "failed" for values in margins.values())
+    return "failed" if failed else "undecided", best
+
+
+def of_trouble(troubled: int, runs: int, most: float = 0.1) -> Verdict:
+    """Verdict on whether runs are free of trouble.
+
+    Passed if none has any, failed if the share of troubled runs is above `most` by the exact 95 % interval (Clopper &
+    Pearson 1934), undecided between.
+    """
+    if troubled == 0:
+        return "passed"
+    interval = stats.binomtest(troubled, runs).proportion_ci(1 - SIGNIFICANCE)
+    return "failed" if interval.low > most else "undecided"
+
+
+def of_comparison(p_value: float, more: bool) -> Verdict:
+    """Verdict on whether something happens more often to one group of runs, by a two-sided test and the direction."""
+    if p_value > SIGNIFICANCE:
+        return "undecided"
+    return of_fact(more)

@@ -1,0 +1,54 @@
+"""replicates: further models of the main line with other seeds, measured like it, so that figures have a spread."""
+
+from pathlib import Path
+
+from gpt2.data.shards import TokenSet
+from gpt2.heads.similarity import HeadsConfig
+from gpt2.hellaswag.scoring import HellaswagConfig
+from gpt2.model.config import GPTConfig
+from gpt2.pipeline.files import write_csv, write_json
+from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.scratch import drop
+from gpt2.pipeline.stage import Stage
+from gpt2.prune.remove import PruneConfig
+from gpt2.replicates.study import (
+    MainLine,
+    ReplicatesConfig,
+    measure_replicates,
+    read_main,
+    scratch_of,
+    summarise_models,
+    tabulate_models,
+)
+from gpt2.train.loop import TrainConfig
+
+TOKENS = Path("data/tokens")
+MAIN = Path("metrics")
+MODELS = Path("plots/replicates/models.csv")
+METRICS = Path("metrics/replicates.json")
+
+
+def main() -> None:
+    with Stage("replicates") as stage:
+        config, train = stage.load("replicates", ReplicatesConfig), stage.load("train", TrainConfig)
+        vocabulary = TokenSet(TOKENS, "train").vocabulary
+        line = MainLine(
+            stage.load("model", GPTConfig, norm=stage.top("norm"), vocab_size=vocabulary.vocab_size),
+            train,
+            stage.load("hellaswag", HellaswagConfig).batch_tokens,
+            stage.load("heads", HeadsConfig),
+            stage.load("prune", PruneConfig),
+            TOKENS,
+        )
+        # Loaded weights have no seed to change.
+        seeds = [] if train.init_from else [seed for seed in config.seeds if seed != train.seed]
+        models = measure_replicates(line, seeds, stage.load("hardware", HardwareConfig))
+        table = tabulate_models([read_main(MAIN, train.seed), *models])
+        write_csv(MODELS, list(table), table.to_numpy(object).tolist())
+        write_json(METRICS, summarise_models(table))
+    for seed in seeds:
+        drop(scratch_of(line, seed))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,85 @@
+"""Verdicts on several models: passed or failed only where the models agree."""
+
+import math
+
+import numpy as np
+import pytest
+
+from gpt2.report import verdicts
+
+
+@pytest.mark.parametrize(
+    ("margins", "verdict"),
+    [
+        ([1.0, 1.1, 0.9, 1.2, 0.8], "passed"),
+        ([-1.0, -1.1, -0.9, -1.2, -0.8], "failed"),
+        ([3.0, -1.0, 0.5, -0.5, 1.0], "undecided"),
+        # One model far above the others widens the interval beyond 0.
+        ([0.1, 0.1, 0.1, 0.1, 9.0], "undecided"),
+        ([1.0, math.nan, 1.0], "undecided"),
+        ([1.0, math.inf], "undecided"),
+        # Equal values, and one model, have no spread.
+        ([0.2, 0.2, 0.2], "passed"),
+        ([0.0, 0.0], "failed"),
+        ([0.2], "passed"),
+        ([-0.2], "failed"),
+    ],
+)
+def test_a_margin_passes_or_fails_only_where_its_interval_leaves_out_zero(margins, verdict):
+    assert verdicts.of_margins(margins) == verdict
+
+
+def test_the_interval_is_that_of_the_t_distribution():
+    # n = 5: t(0.975, 4) = 2.776; the standard error of 1..5 is sqrt(2.5 / 5).
+    low, high = verdicts.mean_interval([1, 2, 3, 4, 5])
+    assert (low, high) == pytest.approx((3 - 2.776445 * math.sqrt(0.5), 3 + 2.776445 * math.sqrt(0.5)), rel=1e-6)
+
+
+def test_models_without_an_effect_pass_no_more_often_than_by_chance():
+    rng = np.random.default_rng(0)
+    given = [verdicts.of_margins(rng.normal(size=5)) for _ in range(1000)]
+    assert given.count("passed") <= 40 and given.count("failed") <= 40
+
+
+def test_the_best_of_many_alternatives_without_an_effect_seldom_passes():
+    rng = np.random.default_rng(0)
+    given = [verdicts.of_best({str(i): rng.normal(size=5).tolist() for i in range(6)})[0] for _ in range(400)]
+    assert given.count("passed") <= 20
+
+
+@pytest.mark.parametrize(
+    ("margins", "expected"),
+    [
+        ({"a": [1.0, 1.1, 0.9], "b": [-1.0, -1.1, -0.9]}, ("passed", "a")),
+        ({"a": [-2.0, -2.1, -1.9], "b": [-1.0, -1.1, -0.9]}, ("failed", "b")),
+        ({"a": [-2.0, -2.1, -1.9], "b": [-1.0, 1.1, 0.9]}, ("undecided", "b")),
+    ],
+)
+def test_alternatives_fail_only_together(margins, expected):
+    assert verdicts.of_best(margins) == expected
+
+
+def test_what_a_model_has_or_has_not_is_decided_by_all_or_none():
+    assert verdicts.of_each([True, True]) == "passed"
+    assert verdicts.of_each([False, True]) == "undecided"
+    assert verdicts.of_each([False, False]) == "failed"
+
+
+@pytest.mark.parametrize(
+    ("troubled", "runs", "verdict"), [(0, 18, "passed"), (1, 18, "undecided"), (6, 18, "failed"), (1, 1, "undecided")]
+)
+def test_runs_in_trouble_fail_only_where_their_share_is_surely_above_the_limit(troubled, runs, verdict):
+    assert verdicts.of_trouble(troubled, runs) == verdict
+
+
+@pytest.mark.parametrize(
+    ("p_value", "more", "verdict"), [(0.04, True, "passed"), (0.04, False, "failed"), (0.06, True, "undecided")]
+)
+def test_a_comparison_needs_a_small_p_value(p_value, more, verdict):
+    assert verdicts.of_comparison(p_value, more) == verdict
+
+
+def test_one_model_is_judged_by_its_own_interval():
+    assert verdicts.of_interval(0.1, 2.0) == "passed"
+    assert verdicts.of_interval(-2.0, -0.1) == "failed"
+    assert verdicts.of_interval(-0.1, 0.1) == "undecided"
