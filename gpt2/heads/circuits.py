@@ -1,18 +1,18 @@
-"""How alike the circuits of the heads are, read from the weights alone (Elhage et al. 2021, "A Mathematical Framework
-for Transformer Circuits").
+"""Cosine similarity of the QK and OV circuits of heads, from the weights alone (Elhage et al. 2021, "A Mathematical
+Framework for Transformer Circuits").
 
 A head scores a query at x against a key at y by x' W_QK y, with W_QK = W_Q' W_K, and moves W_OV y to the query, with
 W_OV = W_O W_V: two C x C matrices of rank D. Unlike queries, keys and values they do not depend on the basis that
 training chose within the head. Two heads are compared by the cosine of these matrices, each as a vector of C^2 numbers.
 
-What stands between a head and the residual stream belongs to its circuits, as far as it is linear:
+The linear part of what is between a head and the residual stream belongs to its circuits:
 
-- ln_1 is folded into the weights that it stands beside. In Pre-LN those that read: as LN(x) = g (x - mean) / s + b, the
-  rows of W_Q, W_K and W_V take the gain g and then lose their mean. In Post-LN and DeepNorm the head reads the stream
-  as it is, and ln_1 takes the sum of stream and head: W_O loses its mean over channels and takes g.
-- In Pre-LN as well W_O loses its mean over channels, since only norms read the stream and none of them sees it.
-- The scale 1 / s depends on the token, is the same for all heads of a layer, and is left out.
-- Biases are left out: they add terms that depend on the query or on the key alone, or on neither.
+- ln_1 is folded into the adjacent weights. In Pre-LN those are the weights that read: as LN(x) = g (x - mean) / s + b,
+  the rows of W_Q, W_K and W_V are multiplied by the gain g and then centred. In Post-LN and DeepNorm the head reads the
+  stream directly, and ln_1 normalises the sum of stream and head: W_O is centred over channels and multiplied by g.
+- In Pre-LN W_O is centred over channels too: only norms read the stream, and they subtract its mean.
+- The scale 1 / s depends on the token, is the same for all heads of a layer, and is omitted.
+- Biases are omitted: they add terms that depend on the query or on the key alone, or on neither.
 
 Letters: C channels, D channels of a head, M heads of all layers together.
 """
@@ -29,10 +29,10 @@ CIRCUITS = ("qk", "ov")
 
 @torch.no_grad()
 def compare_circuits(model: GPT) -> dict[str, np.ndarray]:
-    """Cosines between all heads of all layers of W_QK and of W_OV: the CIRCUITS, each (M, M) float64.
+    """Cosines of W_QK and of W_OV between all heads of all layers: the CIRCUITS, each (M, M) float64.
 
-    No C x C matrix is formed: the inner product of A' B and E' F is the sum over the D x D products A E' and B F',
-    multiplied entry by entry. Memory is 64 M D C bytes beside the model, and products of one layer with all heads.
+    No C x C matrix is formed: the inner product of A' B and E' F is the sum of the entrywise product of the D x D
+    matrices A E' and B F'. Memory is 64 M D C bytes in addition to the model, and products of one layer with all heads.
     """
     layers = [_fold(block) for block in model.h if block.attn.n_head]
     q, k, v, o = (torch.cat(parts) for parts in zip(*layers, strict=True))
@@ -41,7 +41,7 @@ def compare_circuits(model: GPT) -> dict[str, np.ndarray]:
 
 
 def _fold(block: Block) -> tuple[Tensor, ...]:
-    """W_Q, W_K, W_V and the transpose of W_O of the heads of a block with ln_1 folded in, each (H, D, C) float64."""
+    """W_Q, W_K, W_V and the transpose of W_O of a block's heads with ln_1 folded in, each (H, D, C) float64."""
     shape = (block.attn.n_head, block.attn.head_dim)
     reading = block.attn.c_attn.weight.double().unflatten(0, (3, *shape))
     writing = block.attn.c_proj.weight.double().t().unflatten(0, shape)
@@ -56,8 +56,9 @@ def _fold(block: Block) -> tuple[Tensor, ...]:
 
 
 def _multiply(left: Tensor, right: Tensor, layers: list[int]) -> np.ndarray:
-    """Inner products (M, M) of the matrices left' right of all heads, both (M, D, C); `layers` are the numbers of heads
-    of each layer, the rows that are computed at a time.
+    """Inner products (M, M) of the matrices left' right of all heads.
+
+    left, right: (M, D, C). layers: the number of heads of each layer; the rows of one layer are computed at a time.
     """
     rows = []
     for a, b in zip(left.split(layers), right.split(layers), strict=True):

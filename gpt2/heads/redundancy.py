@@ -1,245 +1,160 @@
-"""Which heads repeat others of their layer: pairs, clusters, and the tables and figures made of them."""
+"""Redundant heads: pairs of heads of one layer, their clusters, and statistics of both."""
 
-from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from collections.abc import Mapping
 
 import numpy as np
 import pandas as pd
+from scipy.sparse import coo_array
+from scipy.sparse.csgraph import connected_components
+from scipy.stats import spearmanr
 
 from gpt2.heads.similarity import NULLS, list_heads
 from gpt2.model.config import GPTConfig
 from gpt2.pipeline.files import UserError
 
 DIGITS = 6
-# The matrix that each cosine of a Pair is read from.
+# For each cosine of a pair, the matrix that it is read from, and the metric of its mean and maximum over pairs.
 COSINES = {
-    "similarity": "pattern",
-    "nosink": "pattern_nosink",
-    **{name: name for name in ("output", "written", "qk", "ov")},
-    "untrained": "untrained_pattern",
-    "untrained_nosink": "untrained_pattern_nosink",
-    "shuffled": "shuffled_pattern",
-    "shuffled_nosink": "shuffled_pattern_nosink",
-    "untrained_qk": "untrained_qk",
-    "untrained_ov": "untrained_ov",
+    "similarity": ("pattern", "{}_similarity"),
+    "nosink": ("pattern_nosink", "{}_similarity_nosink"),
+    "centred": ("pattern_centred", "{}_centred_similarity"),
+    "output": ("output", "{}_output_similarity"),
+    "written": ("written", "{}_written_similarity"),
+    "qk": ("qk", "{}_qk_similarity"),
+    "ov": ("ov", "{}_ov_similarity"),
+    "untrained": ("untrained_pattern", "untrained_{}_similarity"),
+    "untrained_nosink": ("untrained_pattern_nosink", "untrained_{}_similarity_nosink"),
+    "untrained_centred": ("untrained_pattern_centred", "untrained_{}_centred_similarity"),
+    "shuffled": ("shuffled_pattern", "shuffled_{}_similarity"),
+    "shuffled_nosink": ("shuffled_pattern_nosink", "shuffled_{}_similarity_nosink"),
+    "shuffled_centred": ("shuffled_pattern_centred", "shuffled_{}_centred_similarity"),
+    "untrained_qk": ("untrained_qk", "untrained_{}_qk_similarity"),
+    "untrained_ov": ("untrained_ov", "untrained_{}_ov_similarity"),
 }
 
 
-class Pair(NamedTuple):
-    """Two heads of one layer and the cosines between them, in the order of COSINES: a row of pairs.csv."""
-
-    layer: int
-    head_a: int
-    head_b: int
-    similarity: float
-    nosink: float
-    output: float
-    written: float
-    qk: float
-    ov: float
-    untrained: float
-    untrained_nosink: float
-    shuffled: float
-    shuffled_nosink: float
-    untrained_qk: float
-    untrained_ov: float
-
-
-class LayerSummary(NamedTuple):
-    """Statistics over the pairs of heads of one layer: a row of layers.csv."""
-
-    layer: int
-    max_similarity: float
-    mean_similarity: float
-    redundant_pairs: int
-    redundant_heads: int
-    # Members joined by +, clusters by a space.
-    clusters: str
-    mean_nosink: float
-    mean_output: float
-    mean_written: float
-    mean_qk: float
-    max_qk: float
-    mean_ov: float
-    max_ov: float
-    untrained_mean: float
-    untrained_max: float
-    untrained_redundant_pairs: int
-    shuffled_mean: float
-    shuffled_max: float
-    shuffled_redundant_pairs: int
-    # Above the threshold that is calibrated on the null model over all layers.
-    pairs_above_untrained_threshold: int
-    pairs_above_shuffled_threshold: int
-
-
-def list_pairs(config: GPTConfig, matrices: Mapping[str, np.ndarray]) -> list[Pair]:
-    """All pairs of heads of the same layer, those with the most similar patterns first.
+def list_pairs(config: GPTConfig, matrices: Mapping[str, np.ndarray]) -> pd.DataFrame:
+    """All pairs of heads of the same layer: `layer`, `head_a`, `head_b` and the COSINES, most similar patterns first.
 
     matrices: those that COSINES names, each (M, M). Raises UserError if no layer has two heads.
     """
-    heads = list_heads(config)
-    pairs = [
-        Pair(a.layer, a.index, b.index, *(float(matrices[name][i, j]) for name in COSINES.values()))
-        for i, a in enumerate(heads)
-        for j, b in enumerate(heads)
-        if a.layer == b.layer and a.index < b.index
-    ]
-    if not pairs:
+    heads = pd.DataFrame(list_heads(config), columns=["layer", "head"])
+    layer, head = heads["layer"].to_numpy(), heads["head"].to_numpy()
+    a, b = np.nonzero(np.triu(layer[:, None] == layer, 1))
+    if not len(a):
         raise UserError(f"model.n_head={config.n_head}: no layer has two heads to compare; set it to 2 or more")
-    return sorted(pairs, key=lambda pair: (-pair.similarity, pair.layer, pair.head_a, pair.head_b))
+    cosines = {column: matrices[matrix][a, b] for column, (matrix, _) in COSINES.items()}
+    pairs = pd.DataFrame({"layer": layer[a], "head_a": head[a], "head_b": head[b], **cosines})
+    # Pairs are listed by layer and heads, an order that a stable sort keeps among equal cosines.
+    return pairs.sort_values("similarity", ascending=False, kind="stable", ignore_index=True)
 
 
-def cluster(pairs: Sequence[Pair]) -> list[list[int]]:
-    """Heads of one layer that `pairs` link, directly or through others; members and clusters sorted."""
-    clusters: list[set[int]] = []
-    for pair in pairs:
-        ends = {pair.head_a, pair.head_b}
-        joined = ends.union(*(members for members in clusters if members & ends))
-        clusters = [members for members in clusters if not members & ends] + [joined]
-    return sorted(sorted(members) for members in clusters)
+def find_clusters(pairs: pd.DataFrame) -> pd.DataFrame:
+    """Heads of one layer that `pairs` connect, directly or through others; one row for each such cluster.
+
+    Columns: layer, heads (how many) and members (their numbers, joined by +), sorted by layer and first member.
+    """
+    ends = np.concatenate([pairs[["layer", end]].to_numpy(int) for end in ("head_a", "head_b")])
+    heads, places = np.unique(ends, axis=0, return_inverse=True)
+    edges = (np.ones(len(pairs)), places.reshape(2, -1))
+    _, labels = connected_components(coo_array(edges, shape=(len(heads), len(heads))), directed=False)
+    members = pd.DataFrame({"layer": heads[:, 0], "head": heads[:, 1].astype(str)}).groupby(labels)
+    return members.agg(layer=("layer", "first"), heads=("head", "size"), members=("head", "+".join))
 
 
 def middle_layers(n_layer: int) -> range:
-    """The layers but the first and the last n_layer // 4: 3 to 8 of 12, 1 and 2 of 4."""
+    """All layers except the first and the last n_layer // 4: 3 to 8 of 12, 1 and 2 of 4."""
     return range(n_layer // 4, n_layer - n_layer // 4)
 
 
-def calibrate_threshold(pairs: Sequence[Pair], null: str, percentile: float) -> float:
-    """The cosine below which `percentile` percent of the same-layer pairs of a null model lie.
+def calibrate_threshold(pairs: pd.DataFrame, null: str, percentile: float) -> float:
+    """The `percentile` of a null model's cosines, column `null`, over all pairs of heads of the same layer.
 
-    If the trained model's pairs were no more alike than the null's, 100 - percentile percent of them would be expected
-    above it. The rule supposes no shape of the distribution. It is no p-value: pairs that share a head are dependent.
-
-    null: the field of Pair with the null model's cosines.
+    If the trained model's pairs were no more similar than the null's, 100 - percentile percent of them would be
+    expected above it. The rule assumes no shape of the distribution. It is no p-value: pairs that share a head are
+    dependent.
     """
-    return float(np.percentile([getattr(pair, null) for pair in pairs], percentile))
+    return float(np.percentile(pairs[null], percentile))
 
 
-def summarise_layers(pairs: Sequence[Pair], threshold: float, null_percentile: float) -> list[LayerSummary]:
-    """One row for each layer that has a pair, first layer first."""
-    calibrated = {null: calibrate_threshold(pairs, null, null_percentile) for null in NULLS}
-    rows = []
-    for layer in sorted({pair.layer for pair in pairs}):
-        here = [pair for pair in pairs if pair.layer == layer]
-        clusters = cluster(_above(here, threshold))
-        nulls: dict[str, Any] = {}
-        for null in NULLS:
-            nulls |= {
-                f"{null}_mean": _mean(here, null),
-                f"{null}_max": _max(here, null),
-                f"{null}_redundant_pairs": len(_above(here, threshold, null)),
-                f"pairs_above_{null}_threshold": len(_above(here, calibrated[null])),
-            }
-        rows.append(
-            LayerSummary(
-                layer=layer,
-                max_similarity=_max(here, "similarity"),
-                mean_similarity=_mean(here, "similarity"),
-                redundant_pairs=len(_above(here, threshold)),
-                redundant_heads=sum(map(len, clusters)),
-                clusters=" ".join("+".join(map(str, members)) for members in clusters),
-                mean_nosink=_mean(here, "nosink"),
-                mean_output=_mean(here, "output"),
-                mean_written=_mean(here, "written"),
-                mean_qk=_mean(here, "qk"),
-                max_qk=_max(here, "qk"),
-                mean_ov=_mean(here, "ov"),
-                max_ov=_max(here, "ov"),
-                **nulls,
-            )
-        )
-    return rows
+def summarise_layers(pairs: pd.DataFrame, threshold: float, null_percentile: float) -> pd.DataFrame:
+    """Statistics over the pairs of each layer that has one, first layer first.
+
+    clusters: those of redundant heads, separated by a space. Calibrated thresholds are over all layers.
+    """
+    above = {
+        "redundant_pairs": pairs["similarity"] > threshold,
+        "untrained_redundant_pairs": pairs["untrained"] > threshold,
+        "shuffled_redundant_pairs": pairs["shuffled"] > threshold,
+        **{
+            f"pairs_above_{null}_threshold": pairs["similarity"] > calibrate_threshold(pairs, null, null_percentile)
+            for null in NULLS
+        },
+    }
+    layers = pairs.assign(**above).groupby("layer").agg(
+        max_similarity=("similarity", "max"),
+        mean_similarity=("similarity", "mean"),
+        **{f"mean_{name}": (name, "mean") for name in ("nosink", "centred", "output", "written", "qk", "ov")},
+        **{f"max_{name}": (name, "max") for name in ("qk", "ov")},
+        **{f"{null}_{statistic}": (null, statistic) for null in NULLS for statistic in ("mean", "max")},
+        **{f"{null}_mean_centred": (f"{null}_centred", "mean") for null in NULLS},
+        **{name: (name, "sum") for name in above},
+    )  # fmt: skip
+    clusters = find_clusters(pairs[above["redundant_pairs"]]).groupby("layer")
+    layers = layers.join(clusters.agg(redundant_heads=("heads", "sum"), clusters=("members", " ".join)))
+    return layers.fillna({"redundant_heads": 0, "clusters": ""}).astype({"redundant_heads": int}).reset_index()
 
 
 def summarise_pairs(
-    config: GPTConfig, pairs: Sequence[Pair], threshold: float, null_percentile: float
+    config: GPTConfig, pairs: pd.DataFrame, threshold: float, null_percentile: float
 ) -> dict[str, float]:
-    """Figures of metrics/heads.json; means and maxima run over the pairs of heads of the same layer.
+    """Metrics over all pairs of heads of the same layer.
 
-    redundant_pairs_middle_percent: share of the redundant pairs that lie in `middle_layers`, 0 if there are none; to be
-    held against middle_layers_percent, the share of those layers in all. pairs_above_*_threshold: pairs of the trained
-    model above the threshold that is calibrated on a null model. *_rank_correlation: whether the pairs that are alike
-    are the same ones, of the patterns on shuffled tokens, in W_QK and, for what the heads write, in W_OV.
+    redundant_pairs_middle_percent: share of the redundant pairs in `middle_layers`, 0 if there are none; compare it
+    with middle_layers_percent, the share of those layers in all. pairs_above_*_threshold: pairs of the trained model
+    above the threshold calibrated on a null model, in the same kind of cosine. *_rank_correlation: Spearman's
+    correlation over pairs, of patterns with those on shuffled tokens and with W_QK, and of what heads write with W_OV.
     """
-    redundant = _above(pairs, threshold)
-    middle = middle_layers(config.n_layer)
-    in_middle = sum(pair.layer in middle for pair in redundant)
-    clusters = [
-        members
-        for layer in range(config.n_layer)
-        for members in cluster([pair for pair in redundant if pair.layer == layer])
-    ]
-    alike = {
-        "shuffled": ("similarity", "shuffled"),
-        "qk": ("similarity", "qk"),
-        "ov": ("written", "ov"),
-    }
+    redundant, middle = pairs[pairs["similarity"] > threshold], middle_layers(config.n_layer)
+    sizes = find_clusters(redundant)["heads"]
     figures = {
         "heads": len(list_heads(config)),
         "threshold": threshold,
         "null_percentile": null_percentile,
         "same_layer_pairs": len(pairs),
         "redundant_pairs": len(redundant),
-        "redundant_pairs_nosink": len(_above(pairs, threshold, "nosink")),
-        "redundant_pairs_middle_percent": _round(100 * in_middle / max(1, len(redundant))),
-        "middle_layers_percent": _round(100 * len(middle) / config.n_layer),
-        "redundant_heads": sum(map(len, clusters)),
-        "redundant_clusters": len(clusters),
-        "largest_cluster": max(map(len, clusters), default=0),
-        **{
-            f"{name}_rank_correlation": _round(correlate_similarities(pairs, *fields)) for name, fields in alike.items()
-        },
+        "redundant_pairs_nosink": _count_above(pairs["nosink"], threshold),
+        "redundant_pairs_middle_percent": 100 * redundant["layer"].isin(middle).sum() / max(1, len(redundant)),
+        "middle_layers_percent": 100 * len(middle) / config.n_layer,
+        "redundant_heads": int(sizes.sum()),
+        "redundant_clusters": len(sizes),
+        "largest_cluster": max(sizes, default=0),
+        "shuffled_rank_correlation": correlate_ranks(pairs["similarity"], pairs["shuffled"]),
+        "qk_rank_correlation": correlate_ranks(pairs["similarity"], pairs["qk"]),
+        "ov_rank_correlation": correlate_ranks(pairs["written"], pairs["ov"]),
     }
-    for kind, of in _STATISTICS.items():
-        figures |= {f"{kind}_similarity": of(pairs, "similarity"), f"{kind}_similarity_nosink": of(pairs, "nosink")}
-        figures |= {f"{kind}_{name}_similarity": of(pairs, name) for name in ("output", "written", "qk", "ov")}
-        figures |= {f"untrained_{kind}_{name}_similarity": of(pairs, f"untrained_{name}") for name in ("qk", "ov")}
+    for column, (_, metric) in COSINES.items():
+        figures |= {metric.format(statistic): pairs[column].agg(statistic) for statistic in ("mean", "max")}
     for null in NULLS:
-        for end, trained in (("", "similarity"), ("_nosink", "nosink")):
-            calibrated = calibrate_threshold(pairs, null + end, null_percentile)
-            figures |= {
-                f"{null}_redundant_pairs{end}": len(_above(pairs, threshold, null + end)),
-                f"{null}_max_similarity{end}": _max(pairs, null + end),
-                f"{null}_mean_similarity{end}": _mean(pairs, null + end),
-                f"{null}_threshold{end}": _round(calibrated),
-                f"pairs_above_{null}_threshold{end}": len(_above(pairs, calibrated, trained)),
-            }
-    return figures
+        figures[f"{null}_redundant_pairs"] = _count_above(pairs[null], threshold)
+        figures[f"{null}_redundant_pairs_nosink"] = _count_above(pairs[f"{null}_nosink"], threshold)
+        for trained, column, metric in (
+            ("similarity", null, "threshold"),
+            ("nosink", f"{null}_nosink", "threshold_nosink"),
+            ("centred", f"{null}_centred", "centred_threshold"),
+        ):
+            calibrated = calibrate_threshold(pairs, column, null_percentile)
+            figures[f"{null}_{metric}"] = calibrated
+            figures[f"pairs_above_{null}_{metric}"] = _count_above(pairs[trained], calibrated)
+        above = figures[f"pairs_above_{null}_centred_threshold"]
+        figures[f"pairs_above_{null}_centred_threshold_percent"] = 100 * above / len(pairs)
+    return {name: round(value, DIGITS) for name, value in figures.items()}
 
 
-def correlate_similarities(pairs: Sequence[Pair], first: str, second: str) -> float:
-    """Spearman's rank correlation over pairs of two of their cosines; 0 where one does not vary."""
-    a, b = (pd.Series([getattr(pair, field) for pair in pairs]).rank().to_numpy() for field in (first, second))
-    return float(np.corrcoef(a, b)[0, 1]) if np.ptp(a) and np.ptp(b) else 0.0
+def correlate_ranks(first: pd.Series, second: pd.Series) -> float:
+    """Spearman's rank correlation; 0 if a column is constant, where it is undefined."""
+    return float(spearmanr(first, second).statistic) if min(first.nunique(), second.nunique()) > 1 else 0.0
 
 
-def tabulate_matrix(config: GPTConfig, matrix: np.ndarray) -> tuple[list[str], list[list]]:
-    """Columns and rows of the wide table of a matrix (M, M), both named like l0h0."""
-    names = [f"l{head.layer}h{head.index}" for head in list_heads(config)]
-    rows = [[name, *(_round(value) for value in row)] for name, row in zip(names, matrix.tolist(), strict=True)]
-    return ["head", *names], rows
-
-
-def tabulate_pairs(pairs: Sequence[Pair]) -> list[list]:
-    """Rows of pairs.csv, under the fields of Pair."""
-    return [[*pair[:3], *map(_round, pair[3:])] for pair in pairs]
-
-
-def _above(pairs: Sequence[Pair], threshold: float, field: str = "similarity") -> list[Pair]:
-    return [pair for pair in pairs if getattr(pair, field) > threshold]
-
-
-def _mean(pairs: Sequence[Pair], field: str) -> float:
-    return _round(sum(getattr(pair, field) for pair in pairs) / len(pairs))
-
-
-def _max(pairs: Sequence[Pair], field: str) -> float:
-    return _round(max(getattr(pair, field) for pair in pairs))
-
-
-_STATISTICS = {"mean": _mean, "max": _max}
-
-
-def _round(value: float) -> float:
-    return round(value, DIGITS)
+def _count_above(cosines: pd.Series, threshold: float) -> int:
+    return int((cosines > threshold).sum())
