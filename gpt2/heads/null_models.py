@@ -20,8 +20,8 @@ def compare_with_nulls(model: GPT, idx: Tensor, config: HeadsConfig) -> dict[str
     """Cosines between all heads over the token ids `idx` (N, T), each (M, M) float64.
 
     The SAVED_SIMILARITIES of the model under their own names, the PATTERNS of the null models with the prefixes
-    untrained_ and shuffled_, and the circuits of the untrained model. `uniform`, of all three, is (M,): the cosines with
-    the uniform pattern. Raises UserError as compare_heads.
+    untrained_ and shuffled_, and the circuits of the untrained model. `uniform` of all three is (M,): cosines with the
+    uniform pattern. Raises UserError as compare_heads.
     """
     untrained = GPT(model.config, config.seed).to(model.wte.weight.device)
     shuffled = shuffle_tokens(idx, config.seed)
