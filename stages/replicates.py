@@ -40,10 +40,11 @@ def main() -> None:
             stage.load("prune", PruneConfig),
             TOKENS,
         )
+        main_model = read_main(MAIN, train.seed)
         # Loaded weights have no seed to change.
         seeds = [] if train.init_from else [seed for seed in config.seeds if seed != train.seed]
         models = measure_replicates(line, seeds, stage.load("hardware", HardwareConfig))
-        table = tabulate_models([read_main(MAIN, train.seed), *models])
+        table = tabulate_models([main_model, *models])
         write_csv(MODELS, list(table), table.to_numpy(object).tolist())
         write_json(METRICS, summarise_models(table))
     for seed in seeds:

@@ -29,6 +29,7 @@ from gpt2.model.gpt import GPT
 from gpt2.pipeline import params
 from gpt2.train.loop import Evaluation, TrainConfig
 from stages import train
+from tests.analysed import SECTIONS as ANALYSED
 from tests.closure import ROOT
 
 BYTES = tiktoken.Encoding(
@@ -63,6 +64,9 @@ SECTIONS = {
         "eval_items": 5,
     },
     "hellaswag": {"batch_tokens": 64},
+    "heads": ANALYSED["heads"],
+    "prune": ANALYSED["prune"],
+    "replicates": {"seeds": [1, 2]},
     "norm_study": {
         **SHAPE,
         **ADAM,
@@ -96,7 +100,8 @@ def prepare_folder(folder: Path, norm: str = "preln", train_bytes: int = 8000, *
     """Write tokens of Python's manual, a benchmark, and a params.yaml with `changed` keys of sections."""
     text = "\n".join(topics.values()).encode()
     tokens = folder / "data" / "tokens"
-    for split, part in (("train", text[4000 : 4000 + train_bytes]), ("val", text[:4000])):
+    splits = {"train": text[4000 : 4000 + train_bytes], "val": text[:4000], "test": text[-4000:]}
+    for split, part in splits.items():
         documents = [part[start : start + 1000] for start in range(0, len(part), 1000)]
         ids = [np.array([VOCABULARY.eot_token, *document], dtype=np.uint16) for document in documents]
         pairs = zip(ids, map(len, documents), strict=True)
