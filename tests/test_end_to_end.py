@@ -64,6 +64,7 @@ SETTINGS = {
     "prune": {"shares": [0.25, 0.5], "random_seeds": [1, 2], "random_sets": 3, "calibration_tokens": 320,
               "scoring_tokens": 320, "greedy_tokens": 64, "eval_tokens": 320, "batch_size": 4, "ridge": 1e-3,
               "limit_percent": 5.0, "recovery_steps": 0, "recovery_max_lr": 1e-3, "recovery_seed": 1},
+    "replicates": {"seeds": [2, 3]},
 }  # fmt: skip
 # The keys that design and report rely on.
 KEYS = {
@@ -76,6 +77,7 @@ KEYS = {
     "prune": "baseline_perplexity max_pruned_percent_below_5 perplexity_rise_percent_at_15 "
     "taylor_perplexity_rise_percent_at_15 magnitude_perplexity_rise_percent_at_15 random_perplexity_rise_percent_at_15 "
     "redundancy_refit_perplexity_rise_percent_at_15 redundancy_merge_refit_max_pruned_percent_below_5",
+    "replicates": "models train_val_loss_mean train_val_loss_sd prune_perplexity_rise_percent_at_15_mean",
     "norm_study": " ".join(
         f"{norm}_{key}"
         for norm in ("preln", "postln", "deepnorm")

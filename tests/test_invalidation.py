@@ -17,26 +17,29 @@ from tests.declared import STAGES, files_of_git, load_yaml, paths, written
 
 # Stages that DVC calls changed after an edit of the file; `check-params` depends on the whole library.
 ALL = set(STAGES)
-MODELS = {"tokenizer-study", "norm-study", "train", "hellaswag", "generate", "head-similarity", "prune"}
+MODELS = {
+    *("tokenizer-study", "norm-study", "train", "hellaswag", "generate", "head-similarity", "prune", "replicates"),
+}
 EDITS = {
     "pipeline/files.py": ALL,
     "data/order.py": MODELS | {"tokenize"},
     "model/gpt.py": MODELS,
-    "train/loop.py": {"tokenizer-study", "norm-study", "train", "prune"},
+    "train/loop.py": {"tokenizer-study", "norm-study", "train", "prune", "replicates"},
     "prepare/corpus.py": {"prepare", "benchmark", "tokenize", "tokenizer-study"},
     "prepare/hub.py": {"prepare", "benchmark"},
     "prepare/sources.py": {"prepare"},
     "tokenizer/bpe.py": {"tokenize", "tokenizer-study"},
     "tokenizer/encodings.py": {"tokenize", "tokenizer-study", "generate"},
-    "hellaswag/items.py": {"benchmark", "tokenize", "train", "hellaswag", "prune"},
-    "hellaswag/scoring.py": {"train", "hellaswag", "prune"},
-    "hellaswag/benchmark.py": {"benchmark", "hellaswag", "prune"},
-    "hellaswag/__main__.py": {"hellaswag", "prune"},
+    "hellaswag/items.py": {"benchmark", "tokenize", "train", "hellaswag", "prune", "replicates"},
+    "hellaswag/scoring.py": {"train", "hellaswag", "prune", "replicates"},
+    "hellaswag/benchmark.py": {"benchmark", "hellaswag", "prune", "replicates"},
+    "hellaswag/__main__.py": {"hellaswag", "prune", "replicates"},
     "huggingface/pretrained.py": {"train"},
     "huggingface/card.py": set(),
     "sampling/sampling.py": {"generate", "prune"},
-    "heads/redundancy.py": {"head-similarity", "prune"},
-    "prune/repair.py": {"prune"},
+    "heads/redundancy.py": {"head-similarity", "prune", "replicates"},
+    "prune/repair.py": {"prune", "replicates"},
+    "replicates/study.py": {"replicates"},
     "norm_study/study.py": {"norm-study"},
     "tokenizer_study/words.py": {"tokenizer-study"},
     "report/claims.py": {"report"},

@@ -13,6 +13,8 @@ from pathlib import Path
 import psutil
 import pytest
 
+from gpt2.pipeline.files import write_json
+from gpt2.replicates.study import MEASURED
 from tests.closure import ROOT
 from tests.test_end_to_end import SETTINGS
 from tests.training_run import prepare_folder
@@ -27,6 +29,7 @@ SECTIONS = {
     "hardware": HARDWARE,
     "prepare": {**SETTINGS["prepare"], "source": "docs", "packages": ["torch"]},
     "norm_study": {**SETTINGS["norm_study"], "max_steps": LONG},
+    "train": {**SETTINGS["train"], "max_steps": LONG},
     "vocabulary_runs": {**SETTINGS["vocabulary_runs"], "budgets": [1e15]},
 }
 # `tokenize` keeps small texts to itself.
@@ -35,13 +38,15 @@ TOKENIZE = "from gpt2.tokenizer import tokenize; tokenize.PROCESS_BYTES = 1; fro
 
 @pytest.fixture(scope="module")
 def prepared(tmp_path_factory) -> Path:
-    """A folder with a corpus, a benchmark and tokens."""
+    """A folder with a corpus, a benchmark, tokens, and metrics of a main model."""
     folder = tmp_path_factory.mktemp("prepared")
     write_params(folder)
     for stage in ("prepare", "benchmark", "tokenize"):
         run = subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment(), text=True,
                              capture_output=True)  # fmt: skip
         assert run.returncode == 0, run.stderr
+    for stem in MEASURED:
+        write_json(folder / f"metrics/{stem}.json", {})
     return folder
 
 
@@ -87,11 +92,12 @@ def kill_and_count(process: subprocess.Popen, folder: Path, seconds: float) -> N
     "command",
     [
         ("-m", "stages.norm_study"),
+        ("-m", "stages.replicates"),
         ("-m", "stages.tokenizer_study"),
         ("-c", TOKENIZE),
         ("-m", "stages.prepare"),
     ],
-    ids=["norm-study", "tokenizer-study", "tokenize", "prepare"],
+    ids=["norm-study", "replicates", "tokenizer-study", "tokenize", "prepare"],
 )
 def test_no_worker_outlives_its_stage(prepared, command, seconds):
     short = command[-1] in (TOKENIZE, "stages.prepare")

@@ -35,12 +35,14 @@ from tests.invented_run import invent_run
 # A module imports from its own package and from those before it.
 PACKAGES = (
     *("pipeline", "data", "prepare", "model", "hellaswag", "tokenizer", "report", "huggingface", "train", "sampling"),
-    *("heads", "prune", "norm_study", "tokenizer_study", "generate", "export", "status", "params", "check"),
+    *("heads", "prune", "replicates", "norm_study", "tokenizer_study", "generate", "export", "status", "params"),
+    "check",
     "__main__",
 )
 # What must never re-run the training.
 APART_FROM_TRAINING = (
-    *("prepare", "tokenizer", "sampling", "heads", "prune", "norm_study", "tokenizer_study", "report", "check"),
+    *("prepare", "tokenizer", "sampling", "heads", "prune", "replicates", "norm_study", "tokenizer_study", "report"),
+    "check",
     *("huggingface/card.py", "generate.py", "export.py", "status.py", "params.py", "__main__.py"),
 )
 TEXT_STAGES = ("prepare", "benchmark", "tokenize")

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from gpt2.hellaswag.scoring import HellaswagConfig
 from gpt2.heads.similarity import HeadsConfig
+from gpt2.hellaswag.scoring import HellaswagConfig
 from gpt2.model.config import GPTConfig
 from gpt2.pipeline import params
 from gpt2.pipeline.files import read_json, write_json
