@@ -22,6 +22,8 @@ from gpt2.pipeline.files import UserError, atomic_path
 ITEMS = Path("data/hellaswag.jsonl")
 ENDINGS = 4
 TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
+# Fields of Benchmark with an entry for each item.
+ITEM_ARRAYS = ("labels", "documents", "in_training")
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,28 @@ class TokenizedItems:
 
 @dataclass(frozen=True)
 class Benchmark:
-    """The items of one benchmark file: labels (N,) and their rows under each protocol."""
+    """The items of one benchmark file: labels (N,) and their rows under each protocol.
+
+    documents (N,) int: the number of the document that an item was made from, by default a document for each item.
+    in_training (N,) bool: whether the answer occurs in the training documents, by default nowhere.
+    """
 
     labels: np.ndarray
     protocols: dict[str, TokenizedItems]
+    documents: np.ndarray = None  # type: ignore[assignment]  # set below
+    in_training: np.ndarray = None  # type: ignore[assignment]
+
+    def __post_init__(self) -> None:
+        if self.documents is None:
+            object.__setattr__(self, "documents", np.arange(len(self.labels)))
+        if self.in_training is None:
+            object.__setattr__(self, "in_training", np.zeros(len(self.labels), dtype=bool))
 
     def first(self, n: int) -> "Benchmark":
         """The first `n` items, or all if there are fewer."""
         n = min(n, len(self.labels))
-        return Benchmark(self.labels[:n], {name: _first_rows(rows, n) for name, rows in self.protocols.items()})
+        protocols = {name: _first_rows(rows, n) for name, rows in self.protocols.items()}
+        return Benchmark(self.labels[:n], protocols, self.documents[:n], self.in_training[:n])
 
 
 def _first_rows(rows: TokenizedItems, n: int) -> TokenizedItems:
@@ -78,10 +93,14 @@ def _clean(text: str) -> str:
 
 
 PROTOCOLS: dict[str, Callable] = {"completion": _completion, "harness": _harness}
+ACCURACIES = tuple(f"{protocol}_{kind}" for protocol in PROTOCOLS for kind in ("acc", "acc_norm"))
 
 
 def tokenize_items(items: Sequence[dict], encoding: tiktoken.Encoding) -> Benchmark:
-    """Encode items (ctx, ctx_a, ctx_b, activity_label, endings, label) under every protocol."""
+    """Encode items (ctx, ctx_a, ctx_b, activity_label, endings, label) under every protocol.
+
+    Items with the same `source_id` are of one document; an item without is of a document of its own.
+    """
     protocols = {}
     for name, render in PROTOCOLS.items():
         rows = [render(item, ending, encoding) for item in items for ending in item["endings"]]
@@ -91,12 +110,14 @@ def tokenize_items(items: Sequence[dict], encoding: tiktoken.Encoding) -> Benchm
             np.array([n_tokens for _, n_tokens, _ in rows]),
             np.array([n_chars for _, _, n_chars in rows]),
         )
-    return Benchmark(np.array([item["label"] for item in items]), protocols)
+    numbers: dict[str | int, int] = {}
+    documents = [numbers.setdefault(item.get("source_id", i), len(numbers)) for i, item in enumerate(items)]
+    return Benchmark(np.array([item["label"] for item in items]), protocols, np.array(documents))
 
 
 def save_benchmark(benchmark: Benchmark, path: Path) -> None:
     """Write all arrays to one .npz, whose bytes depend on the items alone."""
-    arrays = {"labels": benchmark.labels}
+    arrays = {name: getattr(benchmark, name) for name in ITEM_ARRAYS}
     for name, rows in benchmark.protocols.items():
         arrays |= {f"{name}_{field}": array for field, array in vars(rows).items()}
     with atomic_path(path) as temporary, open(temporary, "wb") as out:
@@ -109,7 +130,7 @@ def load_benchmark(path: Path) -> Benchmark:
     try:
         with np.load(path, allow_pickle=False) as arrays:
             protocols = {name: TokenizedItems(*(arrays[f"{name}_{field}"] for field in fields)) for name in PROTOCOLS}
-            return Benchmark(arrays["labels"], protocols)
+            return Benchmark(protocols=protocols, **{name: arrays[name] for name in ITEM_ARRAYS})
     except (OSError, EOFError, KeyError, ValueError, BadZipFile) as error:
         raise UserError(f"{path} cannot be read ({error}); run `dvc repro -f tokenize`") from error
 
@@ -131,7 +152,10 @@ def read_items(path: Path) -> Iterator[dict]:
 
 
 def check_item(item: object, place: str) -> dict:
-    """The fields of a HellaSwag item, in order, without any others. Raises UserError naming place and rule."""
+    """The fields of a HellaSwag item, in order, without any others; `source_id` (video or article) may be absent.
+
+    Raises UserError naming place and rule.
+    """
     if not isinstance(item, dict):
         raise UserError(f"{place}: a line must hold a JSON object, not {type(item).__name__}")
     if missing := [field for field in ("ind", *TEXT_FIELDS, "endings", "label") if field not in item]:
@@ -151,4 +175,9 @@ def check_item(item: object, place: str) -> dict:
         if type(value) is not int or value < 0 or (limit is not None and value >= limit):
             rule = f"a whole number from 0 to {limit - 1}" if limit else "a whole number from 0"
             raise UserError(f"{place}: {field} = {value!r} must be {rule}")
-    return {field: item[field] for field in ("ind", *TEXT_FIELDS, "endings", "label")}
+    fields = ["ind", *TEXT_FIELDS, "endings", "label"]
+    if source := item.get("source_id"):
+        if not isinstance(source, str):
+            raise UserError(f"{place}: source_id = {source!r} must be a string, or absent")
+        fields.append("source_id")
+    return {field: item[field] for field in fields}

@@ -1,11 +1,12 @@
 """Items become tokens exactly as the two protocols' own programs make them, and return from disk as they were."""
 
 import re
+from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from gpt2.hellaswag.items import PROTOCOLS, load_benchmark, save_benchmark, tokenize_items
+from gpt2.hellaswag.items import ITEM_ARRAYS, PROTOCOLS, Benchmark, load_benchmark, save_benchmark, tokenize_items
 from gpt2.pipeline.files import UserError
 from gpt2.tokenizer.encodings import load_encoding
 
@@ -102,17 +103,28 @@ def test_the_protocols_differ_where_they_should(benchmark):
     assert texts["harness"][4] == "Home and Garden: How to clean. Get a brush. It should be stiff. Scrub.  Do it twice."
 
 
-def equal(one, other) -> bool:
-    return one.dtype == other.dtype and np.array_equal(one, other)
+def assert_equal(found: Benchmark, expected: Benchmark) -> None:
+    def equal(one: np.ndarray, other: np.ndarray) -> bool:
+        return one.dtype == other.dtype and np.array_equal(one, other)
+
+    assert all(equal(getattr(found, name), getattr(expected, name)) for name in ITEM_ARRAYS)
+    assert found.protocols.keys() == expected.protocols.keys()
+    for name, rows in expected.protocols.items():
+        assert all(equal(array, vars(rows)[field]) for field, array in vars(found.protocols[name]).items())
+
+
+def test_items_of_one_source_are_of_one_document_and_others_of_their_own():
+    sources = ["wikihow~9", None, "activitynet~a", "wikihow~9", None]
+    items = [{**ITEMS[0], **({"source_id": source} if source else {})} for source in sources]
+    benchmark = tokenize_items(items, load_encoding())
+    assert benchmark.documents.tolist() == [0, 1, 2, 0, 3]
+    assert benchmark.in_training.tolist() == [False] * 5
 
 
 def test_a_benchmark_returns_as_it_was(tmp_path, benchmark):
-    save_benchmark(benchmark, tmp_path / "items.npz")
-    loaded = load_benchmark(tmp_path / "items.npz")
-    assert equal(loaded.labels, benchmark.labels)
-    assert loaded.protocols.keys() == benchmark.protocols.keys()
-    for name, rows in benchmark.protocols.items():
-        assert all(equal(array, vars(rows)[field]) for field, array in vars(loaded.protocols[name]).items())
+    flagged = replace(benchmark, documents=np.array([0, 1, 0, 2]), in_training=np.array([True, False, False, True]))
+    save_benchmark(flagged, tmp_path / "items.npz")
+    assert_equal(load_benchmark(tmp_path / "items.npz"), flagged)
 
 
 def test_the_same_items_give_the_same_bytes(tmp_path, benchmark):
@@ -123,10 +135,7 @@ def test_the_same_items_give_the_same_bytes(tmp_path, benchmark):
 
 @pytest.mark.parametrize("n", [1, 3, 4, 99])
 def test_the_first_items_are_those_of_a_shorter_list(benchmark, n):
-    found, expected = benchmark.first(n), tokenize_items(ITEMS[:n], load_encoding())
-    assert equal(found.labels, expected.labels)
-    for name, rows in expected.protocols.items():
-        assert all(equal(array, vars(rows)[field]) for field, array in vars(found.protocols[name]).items())
+    assert_equal(benchmark.first(n), tokenize_items(ITEMS[:n], load_encoding()))
 
 
 @pytest.mark.parametrize("kept", [0, 3, 50, -5], ids=["empty", "stub", "head", "all but the end"])
