@@ -1,5 +1,6 @@
 """tokenize: corpus and benchmark items become token files, once for all later stages."""
 
+from dataclasses import replace
 from pathlib import Path
 
 from gpt2.data.shards import TokenSet
@@ -29,10 +30,10 @@ def main() -> None:
         with staged(TOKENS, scratch) as folder:
             figures = tokenize_corpus(CORPUS, folder, encoding, config.shard_tokens, workers, records=scratch)
             benchmark = tokenize_items(list(read_items(ITEMS)), encoding)
-            save_benchmark(benchmark, folder / "hellaswag.npz")
+            in_training = items_in_training(benchmark, TokenSet(folder, "train"), workers)
+            save_benchmark(replace(benchmark, in_training=in_training), folder / "hellaswag.npz")
             write_encoding(encoding, folder)
-            found = items_in_training(benchmark, TokenSet(folder, "train"), workers)
-            of_items = {"benchmark_items": len(benchmark.labels), "benchmark_items_in_train": found}
+            of_items = {"benchmark_items": len(in_training), "benchmark_items_in_train": int(in_training.sum())}
             write_json(METRICS, {**figures, "encoding": encoding.name, **of_items})
 
 

@@ -1,7 +1,7 @@
-"""Does the training text hold the answers of the benchmark? Runs of tokens are compared, as in the GPT-3 paper."""
+"""Benchmark items whose answers occur in the training tokens, by comparing runs of tokens as in the GPT-3 paper."""
 
 from contextlib import closing
-from functools import partial
+from functools import partial, reduce
 from pathlib import Path
 
 import numpy as np
@@ -21,26 +21,30 @@ BASE = 0x9E3779B97F4A7C15
 _POWERS = {n: np.uint64(pow(BASE, n, 2**64)) for n in (1, 2, 4)}
 
 
-def items_in_training(benchmark: Benchmark, train: TokenSet, workers: int = 1) -> int:
-    """Number of items whose last context tokens and first tokens of the right ending stand in the training tokens.
+def items_in_training(benchmark: Benchmark, train: TokenSet, workers: int = 1) -> np.ndarray:
+    """Which items have the end of the context and the start of the right ending in the training tokens, (N,) bool.
 
-    A run that is shorter than RUN tokens because context or ending are short is looked for as far as it goes back; an
-    item with fewer than RUN tokens in all is passed over. At most `workers` processes search.
+    The run has RUN tokens, at most OF_ENDING of them from the ending; a shorter ending leaves more to the context. An
+    item with fewer than RUN tokens is never found. At most `workers` processes search.
     """
     rows = benchmark.protocols["completion"]
     answers = np.arange(len(benchmark.labels)) * ENDINGS + benchmark.labels
     ends = rows.offsets[answers + 1] - np.maximum(0, rows.ending_tokens[answers] - OF_ENDING)
     whole = ends - rows.offsets[answers] >= RUN
     wanted = np.array([_hash_runs(rows.tokens[end - RUN : end])[0] for end in ends[whole]], dtype=np.uint64)
+    in_training = np.zeros(len(whole), dtype=bool)
+    in_training[whole] = _find_anywhere(train, wanted, workers)
+    return in_training
+
+
+def _find_anywhere(train: TokenSet, wanted: np.ndarray, workers: int) -> np.ndarray:
+    """Which of the `wanted` hashes some run of the training tokens has, bool (len(wanted),)."""
     processes = max(1, min(workers, train.n_tokens // PROCESS_TOKENS))
     if processes == 1:
-        return int(_find(train, wanted, 0, train.n_tokens).sum())
-    found = np.zeros(len(wanted), dtype=bool)
+        return _find(train, wanted, 0, train.n_tokens)
     search = partial(_open_and_find, train.path, wanted)
     with closing(in_order(search, range(0, train.n_tokens, TASK_TOKENS), processes)) as parts:
-        for part in parts:
-            found |= part
-    return int(found.sum())
+        return reduce(np.logical_or, parts)
 
 
 def _open_and_find(path: Path, wanted: np.ndarray, start: int) -> np.ndarray:
