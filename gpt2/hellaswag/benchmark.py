@@ -2,6 +2,7 @@
 
 import json
 import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -35,6 +36,8 @@ class BenchmarkConfig(Config):
     # heldout: words of a context and of each ending.
     context_words: PositiveInt | None = None
     ending_words: PositiveInt | None = None
+    # heldout: most items made from one document; null sets no limit.
+    max_per_document: PositiveInt | None = None
     seed: NonNegativeInt = 0
     # file: HellaSwag as JSONL or gzipped JSONL.
     path: Path | None = None
@@ -96,42 +99,67 @@ def heldout_items(documents: Iterator[str], config: BenchmarkConfig) -> list[dic
     Passages have context_words + ending_words words and do not overlap. White space between words becomes one line end
     or one space, since indentation and tables would make endings of equal words very unequal in tokens. Each ending is
     prose (`is_prose`) and found once. Choice of passages, wrong endings and the place of the right one follow from
-    config.seed. Gives config.items items or as many as there are passages. Raises UserError if these are fewer than
-    MIN_ITEMS, or come from fewer than four documents.
+    config.seed; with all of a split in use, config.max_per_document leaves items out and changes none. `source_id` is
+    the number of the document in the test split. Gives config.items items, or as many as there are. Raises UserError if
+    these are fewer than MIN_ITEMS, or come from fewer than four documents.
     """
-    by_document = _gather(documents, config)
-    passages = [(i, passage) for i, found in enumerate(by_document) for passage in found]
-    if len(passages) < MIN_ITEMS or len(by_document) < ENDINGS:
+    gathered = _gather(documents, config)
+    numbers, by_document = list(gathered), list(gathered.values())
+    n_items = _count_usable(by_document, config)
+    if n_items < MIN_ITEMS or len(by_document) < ENDINGS:
         raise UserError(
-            f"the test split gives {len(passages)} passages of {config.context_words} + {config.ending_words} words "
+            f"the test split gives {n_items} passages of {config.context_words} + {config.ending_words} words "
             f"from {len(by_document)} documents; a benchmark needs {MIN_ITEMS} from {ENDINGS}: raise "
-            "prepare.test_percent or the number of documents, or lower benchmark.context_words"
+            "prepare.test_percent, the number of documents or benchmark.max_per_document, or lower "
+            "benchmark.context_words"
         )
+    passages = [(i, passage) for i, found in enumerate(by_document) for passage in found]
     rng = np.random.Generator(np.random.PCG64(config.seed))
-    items = []
-    for ind, chosen in enumerate(rng.permutation(len(passages))[: config.items]):
+    items: list[dict[str, Any]] = []
+    taken: Counter[int] = Counter()
+    for chosen in rng.permutation(len(passages)).tolist():
         document, passage = passages[chosen]
-        # Numbers of other documents: those from `document` on are one higher.
-        others = rng.choice(len(by_document) - 1, ENDINGS - 1, replace=False)
-        others += others >= document
-        endings = [by_document[other][rng.integers(len(by_document[other]))].ending for other in others]
-        label = int(rng.integers(ENDINGS))
-        endings.insert(label, passage.ending)
-        items.append(_item(ind, passage.context, endings, label))
+        # Drawn for passages over the limit too, so that the limit does not change the other items.
+        endings, label = _draw_endings(rng, by_document, document, passage.ending)
+        if taken[document] != config.max_per_document:
+            taken[document] += 1
+            items.append(_item(len(items), passage.context, endings, label, f"test~{numbers[document]}"))
+        if len(items) == config.items:
+            break
     return items
 
 
-def _gather(documents: Iterator[str], config: BenchmarkConfig) -> list[list[Passage]]:
-    """Passages by document, their endings distinct; documents without any are left out."""
+def _draw_endings(
+    rng: np.random.Generator, by_document: list[list[Passage]], document: int, right: str
+) -> tuple[list[str], int]:
+    """The right ending among three of other documents, and its place."""
+    # Numbers of other documents: those from `document` on are one higher.
+    others = rng.choice(len(by_document) - 1, ENDINGS - 1, replace=False)
+    others += others >= document
+    endings = [by_document[other][rng.integers(len(by_document[other]))].ending for other in others]
+    label = int(rng.integers(ENDINGS))
+    endings.insert(label, right)
+    return endings, label
+
+
+def _gather(documents: Iterator[str], config: BenchmarkConfig) -> dict[int, list[Passage]]:
+    """Passages by number of the document, their endings distinct; documents without any are left out."""
     assert config.items and config.context_words and config.ending_words  # BenchmarkConfig refuses it
-    by_document: list[list[Passage]] = []
+    by_document: dict[int, list[Passage]] = {}
     endings: set[str] = set()
-    for text in documents:
+    usable = 0
+    for number, text in enumerate(documents):
         if found := _passages(text, config.context_words, config.ending_words, endings):
-            by_document.append(found)
-        if len(endings) >= PASSAGES_PER_ITEM * config.items:
+            by_document[number] = found
+            usable += _count_usable([found], config)
+        if usable >= PASSAGES_PER_ITEM * config.items:
             break
     return by_document
+
+
+def _count_usable(by_document: Sequence[Sequence[Passage]], config: BenchmarkConfig) -> int:
+    """Number of passages within the limit for each document."""
+    return sum(min(len(found), config.max_per_document or len(found)) for found in by_document)
 
 
 def _passages(text: str, context_words: int, ending_words: int, endings: set[str]) -> list[Passage]:
@@ -162,7 +190,7 @@ def is_prose(text: str) -> bool:
     return 2 * of_letters >= len(words) and max(map(len, words)) <= LONGEST_WORD and not {"[", "]"} & set(text)
 
 
-def _item(ind: int, context: str, endings: list[str], label: int) -> dict[str, Any]:
+def _item(ind: int, context: str, endings: list[str], label: int, source_id: str) -> dict[str, Any]:
     return {
         "ind": ind,
         "activity_label": "Continuation",
@@ -171,6 +199,7 @@ def _item(ind: int, context: str, endings: list[str], label: int) -> dict[str, A
         "ctx": context,
         "endings": endings,
         "label": label,
+        "source_id": source_id,
     }
 
 

@@ -70,6 +70,7 @@ def test_the_right_ending_continues_the_context_and_the_others_come_from_three_o
         home = document_of(f"{item['ctx']} {right}", DOCUMENTS)
         homes = [document_of(ending, DOCUMENTS) for ending in item["endings"]]
         assert homes[item["label"]] == home
+        assert item["source_id"] == f"test~{home}"
         assert len(set(homes)) == 4
         assert len(item["ctx"].split()) == CONTEXT
         assert [len(ending.split()) for ending in item["endings"]] == [ENDING] * 4
@@ -81,6 +82,23 @@ def test_passages_of_a_document_do_not_overlap():
     assert len(items) == 3 * len(DOCUMENTS)
     words = Counter(w for item in items for w in f"{item['ctx']} {item['endings'][item['label']]}".split())
     assert set(words.values()) == {1}
+
+
+@pytest.mark.parametrize("most", [1, 2, 3])
+def test_a_limit_for_each_document_leaves_items_out_and_changes_none(most):
+    capped = heldout_items(iter(DOCUMENTS), config(items=10_000, max_per_document=most))
+    assert [item["ind"] for item in capped] == list(range(most * len(DOCUMENTS)))
+    assert set(Counter(item["source_id"] for item in capped).values()) == {most}
+    every = iter({**item, "ind": None} for item in heldout_items(iter(DOCUMENTS), config(items=10_000)))
+    assert all({**item, "ind": None} in every for item in capped)
+    assert heldout_items(iter(DOCUMENTS), config(items=150, max_per_document=most)) == capped[:150]
+
+
+def test_a_long_document_does_not_take_the_place_of_others():
+    documents = [*make_documents(1, n_words=50_000), *DOCUMENTS[50:]]
+    items = heldout_items(iter(documents), config(items=100, max_per_document=2))
+    assert Counter(item["source_id"] for item in items)["test~0"] <= 2
+    assert len(items) == 100
 
 
 def test_labels_are_uniform():
@@ -138,6 +156,8 @@ def test_fewer_passages_than_wanted_give_what_there_is():
 def test_too_few_passages_are_refused():
     with pytest.raises(UserError, match=rf"gives 9 passages .* needs {MIN_ITEMS}.*prepare\.test_percent"):
         heldout_items(iter(DOCUMENTS[:3]), config())
+    with pytest.raises(UserError, match=r"gives 40 passages .* from 40 documents.*benchmark\.max_per_document"):
+        heldout_items(iter(DOCUMENTS[:40]), config(max_per_document=1))
     with pytest.raises(UserError, match="from 3 documents"):
         heldout_items(iter(make_documents(3, n_words=900)), config())
 
@@ -170,10 +190,11 @@ def write_lines(path, lines):
 
 @pytest.mark.parametrize("name", ["items.jsonl", "items.jsonl.gz"])
 def test_a_file_is_read_whole_or_up_to_the_number_asked(tmp_path, name):
-    items = [{**ITEM, "ind": i, "label": i % 4, "split": "val"} for i in range(20)]
-    path = write_lines(tmp_path / name, map(json.dumps, items))
+    items = [{**ITEM, "ind": i, "label": i % 4, **({"source_id": "a"} if i % 3 else {})} for i in range(20)]
+    unknown = {"split": "val", "source_id": ""}
+    path = write_lines(tmp_path / name, (json.dumps({**unknown, **item}) for item in items))
     whole = make_items(BenchmarkConfig(source="file", path=path), tmp_path)
-    assert whole == [{**ITEM, "ind": i, "label": i % 4} for i in range(20)]
+    assert whole == items
     assert make_items(BenchmarkConfig(source="file", path=path, items=7), tmp_path) == whole[:7]
 
 
@@ -220,8 +241,8 @@ def read_hub(home: Path, address: str, **changes) -> list[dict] | str:
 
 
 def test_the_hub_serves_hellaswag_with_labels_as_strings(tmp_path):
-    items = [{**ITEM, "ind": i, "label": i % 4} for i in range(20)]
-    rows = [{**item, "label": str(item["label"]), "source_id": "x", "split": "val"} for item in items]
+    items = [{**ITEM, "ind": i, "label": i % 4, "source_id": f"wikihow~{i // 2}"} for i in range(20)]
+    rows = [{**item, "label": str(item["label"]), "split": "val"} for item in items]
     (tmp_path / "data").mkdir()
     pq.write_table(pa.Table.from_pylist(rows), tmp_path / "data/validation-00000-of-00001.parquet")
     pq.write_table(pa.Table.from_pylist(rows[:1]), tmp_path / "data/train-00000-of-00001.parquet")
@@ -255,6 +276,7 @@ def test_what_is_written_is_read_back(tmp_path):
         ({"endings": "abcd"}, "must be a list of strings"),
         ({"ctx": "  "}, "ctx must not be empty"),
         ({"ctx_b": None}, "ctx_b = None must be a string"),
+        ({"source_id": 7}, "source_id = 7 must be a string, or absent"),
     ],
 )
 def test_a_line_that_breaks_the_form_is_named(tmp_path, change, message):
@@ -305,6 +327,7 @@ def test_absent_and_empty_files_are_refused(tmp_path):
         ({"source": "heldout"}, "needs items, context_words, ending_words"),
         ({"source": "file"}, "source=file needs path"),
         ({"source": "file", "path": "x", "items": 0}, "greater than 0"),
+        ({"source": "heldout", "max_per_document": 0}, "greater than 0"),
         ({"source": "hub", "revision": "main"}, "should match pattern"),
     ],
 )
