@@ -3,8 +3,8 @@
 from pathlib import Path
 
 from gpt2.data.shards import TokenSet
-from gpt2.hellaswag.items import PROTOCOLS, load_benchmark
-from gpt2.hellaswag.scoring import HellaswagConfig, evaluate_benchmark
+from gpt2.hellaswag.items import load_benchmark
+from gpt2.hellaswag.scoring import HellaswagConfig, score_model
 from gpt2.model.dist import setup_device
 from gpt2.model.evaluate import require_fit
 from gpt2.model.weights import load_model
@@ -23,13 +23,7 @@ def main() -> None:
         config = stage.load("hellaswag", HellaswagConfig)
         model = load_model(MODEL, setup_device(stage.load("hardware", HardwareConfig)))
         require_fit(model, TokenSet(TOKENS, "val"))
-        benchmark = load_benchmark(TOKENS / "hellaswag.npz")
-        figures: dict[str, float] = {"items": len(benchmark.labels)}
-        columns = {"item": range(len(benchmark.labels)), "label": benchmark.labels.tolist()}
-        for protocol in PROTOCOLS:
-            measured, of_items = evaluate_benchmark(model, benchmark, protocol, config.batch_tokens)
-            figures |= measured
-            columns |= of_items
+        figures, columns = score_model(model, load_benchmark(TOKENS / "hellaswag.npz"), config.batch_tokens)
         write_csv(SCORES, list(columns), zip(*columns.values(), strict=True))
         write_json(METRICS, figures)
 

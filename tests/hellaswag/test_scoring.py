@@ -1,19 +1,20 @@
 """Scores equal those of one ending at a time, however rows are batched, cut or shared among processes."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
 
-from gpt2.hellaswag.items import PROTOCOLS, Benchmark, TokenizedItems, tokenize_items
-from gpt2.hellaswag.scoring import accuracy, evaluate_benchmark, predictions, score_rows
+from gpt2.hellaswag.items import ACCURACIES, PROTOCOLS, Benchmark, TokenizedItems, tokenize_items
+from gpt2.hellaswag.scoring import ItemSequences, accuracy, evaluate_benchmark, predictions, score_model, score_rows
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import Dist
 from gpt2.model.gpt import GPT
 from gpt2.pipeline.files import UserError
 from gpt2.tokenizer.encodings import load_encoding
-from tests.analysed import BLOCK_SIZE, VOCAB_SIZE, make_model
+from tests.analysed import BLOCK_SIZE, VOCAB_SIZE, make_benchmark, make_model
 
 N_ITEMS = 7
 # Items of HellaSwag's validation split.
@@ -92,6 +93,19 @@ def test_what_the_rows_of_an_item_share_is_read_once(monkeypatch):
     score_rows(model, share(make_rows([21] * 8, [5] * 8), [16, 16]), 1000)
     # Of each item the 16 tokens of the context and four times the first four of five.
     assert read == [(2, 16 + 4 * 4)]
+
+
+def test_the_layout_of_the_example_is_the_drawn_one():
+    a, b, c, d, e, f, g, h, i = range(1, 10)
+    tokens = np.array([*(a, b, c, d), *(a, b, c, e), *(a, b, f), *(a, b, g, h, i)], dtype=np.uint16)
+    rows = TokenizedItems(tokens, np.array([0, 4, 8, 11, 16]), np.array([2, 2, 1, 3]), np.zeros(4))
+    layout = ItemSequences(rows, BLOCK_SIZE).lay_out(np.array([0]))
+    assert layout.idx.tolist() == [[a, b, c, c, g, h, 0, 0]]
+    assert layout.position.tolist() == [[0, 1, 2, 2, 2, 3, 0, 0]]
+    assert layout.part.tolist() == [[0, 0, 1, 2, 4, 4, -1, -1]]
+    assert layout.row.tolist() == [0, 0, 1, 1, 2, 3, 3, 3]
+    assert layout.cell.tolist() == [1, 2, 1, 3, 1, 1, 4, 5]
+    assert layout.target.tolist() == [c, d, c, e, f, g, h, i]
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
@@ -232,13 +246,36 @@ def test_normalisation_is_by_tokens_or_by_characters():
     assert predictions("harness", scores, rows)["acc"].tolist() == [0]
 
 
-def test_the_standard_error_is_that_of_a_mean():
-    labels, chosen = np.array([0, 1, 2, 3, 0, 0]), np.array([0, 1, 2, 0, 0, 1])
-    p, error = accuracy(chosen, labels)
-    assert p == pytest.approx(4 / 6)
-    assert error == pytest.approx(math.sqrt(4 / 6 * 2 / 6 / 5))
-    assert error == pytest.approx(np.std(chosen == labels, ddof=1) / math.sqrt(6))
-    assert accuracy(chosen[:1], labels[:1]) == (1.0, 0.0)
+def draw_right(n: int, n_documents: int) -> tuple[np.ndarray, np.ndarray]:
+    """Random answers of items of random documents."""
+    rng = np.random.default_rng(3)
+    return rng.random(n) < 0.3, 5 * rng.integers(0, n_documents, n)
+
+
+def test_the_standard_error_of_items_of_their_own_documents_is_that_of_a_mean():
+    right, _ = draw_right(50, 9)
+    p, error = accuracy(right, np.arange(50)[::-1])
+    assert p == pytest.approx(right.mean())
+    assert error == pytest.approx(math.sqrt(p * (1 - p) / 49)) == pytest.approx(np.std(right, ddof=1) / math.sqrt(50))
+    assert accuracy(right[:1], np.zeros(1)) == (right[0], 0.0)
+
+
+def test_the_standard_error_is_clustered_by_document():
+    right, documents = draw_right(50, 9)
+    p, error = accuracy(right, documents)
+    # Miller 2024: the covariances of all pairs of items of one document.
+    pairs = [(right[i] - p) * (right[j] - p) for i in range(50) for j in range(50) if documents[i] == documents[j]]
+    assert error == pytest.approx(math.sqrt(sum(pairs)) / 50)
+
+
+def test_items_that_agree_within_documents_count_as_fewer():
+    right, _ = draw_right(50, 9)
+    _, single = accuracy(right, np.arange(50))
+    p, error = accuracy(np.repeat(right, 4), np.repeat(np.arange(50), 4))
+    # Four copies of an item say as much as one, and n - 1 becomes n.
+    assert p == pytest.approx(right.mean())
+    assert error == pytest.approx(single * math.sqrt(49 / 50))
+    assert error > 1.9 * accuracy(np.repeat(right, 4), np.arange(200))[1]
 
 
 def test_a_model_that_knows_the_endings_has_no_errors(rows):
@@ -248,3 +285,31 @@ def test_a_model_that_knows_the_endings_has_no_errors(rows):
     figures, columns = evaluate_benchmark(model, benchmark, "completion", 100)
     assert (figures["completion_acc"], figures["completion_acc_stderr"]) == (1.0, 0.0)
     assert columns["completion_acc"] == benchmark.labels.tolist()
+
+
+def test_items_in_training_documents_are_scored_apart():
+    model, n = make_model(), 40
+    documents, in_training = np.arange(n) // 3, np.arange(n) % 4 == 1
+    benchmark = replace(make_benchmark(n), documents=documents, in_training=in_training)
+    figures, columns = score_model(model, benchmark, 200)
+    assert (figures["items"], figures["documents"], figures["clean_items"]) == (n, 14, 30)
+    assert figures.keys() == {"items", "documents", "clean_items"} | {
+        f"{name}{clean}{stderr}" for name in ACCURACIES for clean in ("", "_clean") for stderr in ("", "_stderr")
+    }
+    assert (columns["item"], columns["label"]) == (list(range(n)), benchmark.labels.tolist())
+    assert (columns["document"], columns["in_training"]) == (documents.tolist(), in_training.tolist())
+    for protocol in PROTOCOLS:
+        measured, of_items = evaluate_benchmark(model, benchmark, protocol, 200)
+        assert {key: figures[key] for key in measured} == measured
+        assert {key: columns[key] for key in of_items} == of_items
+    for name in ACCURACIES:
+        right = np.array(columns[name]) == benchmark.labels
+        assert (figures[name], figures[f"{name}_stderr"]) == accuracy(right, documents)
+        expected = accuracy(right[~in_training], documents[~in_training])
+        assert (figures[f"{name}_clean"], figures[f"{name}_clean_stderr"]) == expected
+
+
+def test_a_benchmark_of_training_documents_alone_has_no_clean_accuracy():
+    benchmark = replace(make_benchmark(10), in_training=np.ones(10, dtype=bool))
+    figures, _ = score_model(make_model(), benchmark, 200)
+    assert figures["clean_items"] == 0 and not [key for key in figures if "_clean" in key]
