@@ -13,13 +13,12 @@ import pandas as pd
 from dvc.exceptions import DvcException
 from dvc.scm import SCMError
 
-from gpt2.hellaswag.items import PROTOCOLS
+from gpt2.hellaswag.items import ACCURACIES
 from gpt2.hellaswag.mcnemar import Comparison, count_items
 from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import UserError
 
 SCORES = Path("data/hellaswag_scores.csv")
-ACCURACIES = tuple(f"{protocol}_{kind}" for protocol in PROTOCOLS for kind in ("acc", "acc_norm"))
 
 
 def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Comparison]:
@@ -63,13 +62,21 @@ def render_comparisons(comparisons: dict[str, Comparison]) -> str:
             "neither": [c.neither for c in comparisons.values()],
             "A %": [f"{100 * (c.both + c.only_a) / c.items:.2f}" for c in comparisons.values()],
             "B %": [f"{100 * (c.both + c.only_b) / c.items:.2f}" for c in comparisons.values()],
-            "B - A": ["{:+.2f} ± {:.2f}".format(*(100 * x for x in c.difference)) for c in comparisons.values()],
+            "B - A": [_show_difference(c) for c in comparisons.values()],
             "p": [f"{c.p_value:.3g}" for c in comparisons.values()],
         },
         index=list(comparisons),
     )
     items = next(iter(comparisons.values())).items
-    return f"{items:,} items; B - A in points with its 95 % interval; p by McNemar's exact test\n\n{table.to_string()}"
+    return (
+        f"{items:,} items; B - A in points with its 95 % interval (Newcombe); p by McNemar's exact test\n\n"
+        f"{table.to_string()}"
+    )
+
+
+def _show_difference(comparison: Comparison) -> str:
+    difference, low, high = (100 * x for x in (comparison.difference[0], *comparison.interval))
+    return f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -33,18 +33,33 @@ def test_items_are_counted_by_who_is_right():
     assert compare(a, b) == dict.fromkeys(ACCURACIES, Comparison(both=1, only_a=3, only_b=1, neither=1))
 
 
-@pytest.mark.parametrize(("only_a", "only_b"), [(0, 0), (1, 0), (3, 9), (9, 3), (5, 5), (400, 470), (5000, 5042)])
-def test_p_is_that_of_the_binomial_test(only_a, only_b):
-    p = Comparison(10, only_a, only_b, 10).p_value
-    assert p == pytest.approx(binomtest(only_a, only_a + only_b).pvalue if only_a + only_b else 1, rel=1e-9)
+@pytest.mark.parametrize(
+    ("only_a", "only_b", "p"),
+    [(0, 0, 1), (1, 0, 1), (5, 5, 1), (0, 6, 2 / 2**6), (9, 3, 2 * (1 + 12 + 66 + 220) / 2**12)],
+)
+def test_p_is_that_of_a_fair_coin(only_a, only_b, p):
+    assert Comparison(10, only_a, only_b, 10).p_value == pytest.approx(p)
 
 
-def test_the_interval_is_that_of_a_mean_of_differences():
-    comparison = Comparison(both=30, only_a=8, only_b=15, neither=47)
-    differences = np.repeat([0, -1, 1, 0], comparison)
-    mean, half = comparison.difference
-    assert mean == pytest.approx(differences.mean())
-    assert half == pytest.approx(1.96 * differences.std() / 10)
+# Newcombe 1998, method 10, and Fagerland et al. 2014 with the data of Cavo et al. 2012.
+@pytest.mark.parametrize(
+    ("cells", "low", "high"),
+    [((36, 2, 12, 0), 0.0569, 0.3404), ((54, 0, 0, 0), -0.0664, 0.0664), ((59, 16, 6, 80), -0.1186, -0.0046)],
+)
+def test_the_interval_is_the_published_one(cells, low, high):
+    comparison = Comparison(*cells)
+    assert comparison.interval == pytest.approx((low, high), abs=5e-5)
+    difference, half = comparison.difference
+    assert difference == pytest.approx((cells[2] - cells[1]) / sum(cells))
+    assert half == pytest.approx((high - low) / 2, abs=5e-5)
+    both, only_a, only_b, neither = cells
+    assert Comparison(both, only_b, only_a, neither).interval == pytest.approx((-high, -low), abs=5e-5)
+
+
+def test_the_interval_of_many_items_is_about_that_of_a_mean_of_differences():
+    comparison = Comparison(both=3000, only_a=800, only_b=1500, neither=4700)
+    mean, error = 0.07, np.sqrt((0.23 - 0.07**2) / 10_000)
+    assert comparison.interval == pytest.approx((mean - 1.96 * error, mean + 1.96 * error), abs=5e-5)
 
 
 @pytest.mark.parametrize("spelling", [[], ["--compare"]])
@@ -58,6 +73,8 @@ def test_the_command_prints_both_models_and_p(tmp_path, capsys, spelling):
     counts = [(right[0] & right[1]), (right[0] & ~right[1]), (~right[0] & right[1]), (~right[0] & ~right[1])]
     assert row[1:5] == [str(cell.sum()) for cell in counts]
     assert row[5:7] == [f"{100 * r.mean():.2f}" for r in right]
+    difference, low, high = (float(cell.strip("[],")) for cell in row[7:10])
+    assert low < difference == pytest.approx(100 * (right[1].mean() - right[0].mean()), abs=0.01) and difference < high
     assert float(row[-1]) == pytest.approx(binomtest(int(row[2]), int(row[2]) + int(row[3])).pvalue, rel=1e-2)
 
 
