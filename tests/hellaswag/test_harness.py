@@ -33,7 +33,7 @@ def cut_items() -> list[dict]:
         marker = ("", "[header] ", "[step]  ")[ind % 3]
         endings = [marker[: 7 * (i % 2)] + words(12) for i in range(4)]
         items.append(make_item(ind, words(4), f"{marker}{words(40)}", words(9), endings))
-        items[-1]["label"] = int(rng.integers(4))
+        items[-1] |= {"label": int(rng.integers(4)), "source_id": f"manual~{ind // 2}"}
     return items
 
 

@@ -17,6 +17,7 @@ import pytest
 import tiktoken
 
 from gpt2.data.shards import TokenSet
+from gpt2.hellaswag.items import load_benchmark
 from gpt2.pipeline.files import UserError, read_json
 from gpt2.prepare import corpus
 from gpt2.prepare.corpus import Document, new_corpus
@@ -189,19 +190,26 @@ IMPORTS = (
 WORKERS = "tokenize.PROCESS_BYTES = contamination.PROCESS_TOKENS = 1\n"
 
 
+# Items whose answer is among the training documents.
+IN_TRAINING = [1, 3]
+
+
 @pytest.fixture(scope="module")
 def source(tmp_path_factory) -> Path:
     """A folder in which the stage can run: Python's manual, some 130,000 tokens."""
     folder = tmp_path_factory.mktemp("source")
     paragraphs = [part for text in topics.values() for part in text.split("\n\n") if part.strip()]
-    splits = {"train": paragraphs[40:], "val": paragraphs[:20], "test": paragraphs[20:40]}
+    # Long enough to be looked for.
+    contexts = [f"This is what the old book has to say about the matter at hand. {ctx}" for ctx in CONTEXTS]
+    answers = [f"{contexts[i]} {ENDINGS[i][1]}" for i in IN_TRAINING]
+    splits = {"train": [*paragraphs[40:], *answers], "val": paragraphs[:20], "test": paragraphs[20:40]}
     with pytest.MonkeyPatch.context() as patched:
         patched.setattr(corpus, "ROW_GROUP_DOCUMENTS", 50)
         patched.setattr(corpus, "FILE_DOCUMENTS", 1000)
         write_corpus(folder / "data" / "corpus", splits)
     items = [
         {"ind": i, "activity_label": "", "ctx_a": ctx, "ctx_b": "", "ctx": ctx, "endings": endings, "label": 1}
-        for i, (ctx, endings) in enumerate(zip(CONTEXTS, ENDINGS, strict=True))
+        for i, (ctx, endings) in enumerate(zip(contexts, ENDINGS, strict=True))
     ]
     (folder / "data" / "hellaswag.jsonl").write_text("".join(json.dumps(item) + "\n" for item in items))
     (folder / "params.yaml").write_text(json.dumps(SETTINGS))
@@ -265,7 +273,14 @@ def test_the_stage_writes_what_one_process_writes(undisturbed, source, tmp_path)
     assert len(shards) > 50
     tokenize_corpus(source / "data" / "corpus", tmp_path / "tokens", load_encoding(), shard_tokens=2000, workers=1)
     assert contents(tmp_path / "tokens") == {name: shards[name] for name in shards if name != "hellaswag.npz"}
-    assert json.loads((undisturbed / "metrics" / "tokens.json").read_text())["benchmark_items"] == len(CONTEXTS)
+
+
+def test_the_benchmark_has_a_flag_for_items_whose_answer_is_in_training_documents(undisturbed):
+    flags = load_benchmark(undisturbed / "data" / "tokens" / "hellaswag.npz").in_training
+    assert [i for i, flag in enumerate(flags) if flag] == IN_TRAINING
+    figures = read_json(undisturbed / "metrics" / "tokens.json")
+    counts = [figures[key] for key in ("benchmark_items", "benchmark_items_in_train")]
+    assert counts == [len(CONTEXTS), len(IN_TRAINING)]
 
 
 # So slow that there is time to kill it between its first shard and its last.
