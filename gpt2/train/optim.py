@@ -1,4 +1,4 @@
-"""AdamW with GPT-2's decay groups or Muon beside it, and the learning-rate schedule as a function of the step."""
+"""AdamW with GPT-2's decay groups or Muon next to it, and the learning-rate schedule as a function of the step."""
 
 import math
 from collections.abc import Sequence
@@ -9,6 +9,7 @@ from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_va
 from torch import nn
 
 from gpt2.pipeline.params import Config
+from gpt2.train.muon import Muon
 
 
 class AdamConfig(Config):
@@ -86,22 +87,11 @@ Optimizer: TypeAlias = torch.optim.Optimizer | Together
 
 
 def build_optimizer(model: nn.Module, config: OptimConfig) -> Optimizer:
-    """AdamW (Loshchilov & Hutter 2019) with one fused update for all parameters, or Muon for the blocks' matrices.
-
-    Muon (Jordan et al. 2024) with its update scaled to the root mean square of AdamW's (Liu et al. 2025, "Muon is
-    scalable for LLM training", section 2.2), so that learning rate, schedule and weight decay mean the same for both.
-    """
+    """AdamW (Loshchilov & Hutter 2019) with one fused update for all parameters, or Muon for the blocks' matrices."""
     linear = [module for module in model.modules() if isinstance(module, nn.Linear)]
     matrices = [module.weight for module in linear] if config.optimizer == "muon" else []
     groups = decay_groups([p for p in model.parameters() if all(p is not m for m in matrices)], config.weight_decay)
     adam = torch.optim.AdamW(groups, lr=config.max_lr, betas=(config.beta1, config.beta2), fused=True)
     if not matrices:
         return adam
-    muon = torch.optim.Muon(
-        matrices,
-        lr=config.max_lr,
-        weight_decay=config.weight_decay,
-        momentum=config.muon_momentum,
-        adjust_lr_fn="match_rms_adamw",
-    )
-    return Together(muon, adam)
+    return Together(Muon(matrices, config.max_lr, config.muon_momentum, config.weight_decay), adam)

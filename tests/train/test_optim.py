@@ -6,6 +6,7 @@ import pytest
 import torch
 from pydantic import ValidationError
 
+from gpt2.train.muon import Muon
 from gpt2.train.optim import OptimConfig, build_optimizer, decay_groups, lr_at
 from tests.analysed import make_model, make_windows
 
@@ -76,6 +77,26 @@ def test_the_first_step_of_muon_is_the_orthogonal_factor_of_the_gradient():
     assert singular.max() < 1.3 and singular.median() > 0.6
     cosine = torch.nn.functional.cosine_similarity(step.flatten(), (U @ V).flatten(), dim=0)
     assert cosine > 0.9
+
+
+def test_steps_of_muon_are_those_of_torch_but_for_rounding():
+    shapes = [(24, 8), (8, 8), (8, 24), (24, 8), (16, 8)]
+    generator = torch.Generator().manual_seed(0)
+    ours, theirs = ([torch.ones(shape, requires_grad=True) for shape in shapes] for _ in range(2))
+    optimizers = (
+        Muon(ours, lr=0.01, momentum=0.9, weight_decay=0.1),
+        torch.optim.Muon(theirs, lr=0.01, momentum=0.9, weight_decay=0.1, adjust_lr_fn="match_rms_adamw"),
+    )
+    for _ in range(5):
+        for a, b in zip(ours, theirs, strict=True):
+            a.grad = torch.randn(a.shape, generator=generator)
+            b.grad = a.grad.clone()
+        for optimizer in optimizers:
+            optimizer.step()
+    for a, b in zip(ours, theirs, strict=True):
+        # Steps move a weight by about 0.01; torch's iteration rounds to bfloat16.
+        torch.testing.assert_close(a, b, rtol=0, atol=1e-3)
+        assert (a - 1).abs().max() > 0.01
 
 
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
