@@ -1,27 +1,18 @@
-"""norm-study: the three norms side by side over learning rates, warm-ups and seeds."""
+"""norm-study: the three norms next to each other over learning rates, warm-ups, seeds and arms."""
 
 from pathlib import Path
 
+import pandas as pd
+
 from gpt2.data.shards import TokenSet
-from gpt2.norm_study.study import (
-    CURVE_COLUMNS,
-    NORM_RUN_COLUMNS,
-    NORM_TABLE_COLUMNS,
-    NormStudyConfig,
-    curve_rows,
-    load_study_data,
-    norm_table_rows,
-    run_rows,
-    run_study,
-    study_figures,
-    wide_rows,
-)
+from gpt2.norm_study.study import NormStudyConfig, load_study_data, run_study
+from gpt2.norm_study.tables import average_curves, study_figures, tabulate_curves, tabulate_runs, tabulate_settings
 from gpt2.pipeline.files import write_csv, write_json
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.stage import Stage
 
 TOKENS = Path("data/tokens")
-CURVES = Path("plots/norm_study")
+FOLDER = Path("plots/norm_study")
 METRICS = Path("metrics/norm_study.json")
 
 
@@ -30,13 +21,17 @@ def main() -> None:
         config = stage.load("norm_study", NormStudyConfig)
         data = load_study_data(config, TokenSet(TOKENS, "train"), TokenSet(TOKENS, "val"))
         results = run_study(config, data, stage.load("hardware", HardwareConfig))
-        write_csv(CURVES / "runs.csv", NORM_RUN_COLUMNS, run_rows(results, data))
-        write_csv(CURVES / "table.csv", NORM_TABLE_COLUMNS, norm_table_rows(results, data))
-        write_csv(CURVES / "curves.csv", CURVE_COLUMNS, curve_rows(results))
-        columns = ("step", *config.norms)
-        write_csv(CURVES / "loss.csv", columns, wide_rows(results, config, "losses"))
-        write_csv(CURVES / "grad_norm.csv", columns, wide_rows(results, config, "grad_norms"))
-        write_json(METRICS, study_figures(results, config, data))
+        runs, curves = tabulate_runs(results, data), tabulate_curves(results)
+        _write("runs", runs)
+        _write("table", tabulate_settings(runs))
+        _write("curves", curves)
+        for quantity in ("loss", "grad_norm"):
+            _write(quantity, average_curves(curves, config, quantity))
+        write_json(METRICS, study_figures(runs, config, data))
+
+
+def _write(name: str, table: pd.DataFrame) -> None:
+    write_csv(FOLDER / f"{name}.csv", [*table.columns], table.itertuples(index=False))
 
 
 if __name__ == "__main__":

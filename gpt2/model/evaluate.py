@@ -19,7 +19,7 @@ def window_losses(model: GPT, windows: Tensor, batch_size: int, precision: Preci
         batch = batch.to(device)
         with autocast(device, precision):
             hidden = model.hidden(batch[:, :-1]).flatten(0, 1)
-            loss = token_losses(hidden, model.wte.weight, batch[:, 1:].flatten(), model.config.vocab_size)
+            loss = token_losses(hidden, model.output_matrix, batch[:, 1:].flatten(), model.config.vocab_size)
         losses.append(loss.view(len(batch), -1).cpu())
     return torch.cat(losses)
 

@@ -85,39 +85,41 @@ class Block(nn.Module):
 
 
 class GPT(nn.Module):
-    """Token and position embeddings, L blocks, for Pre-LN a final norm, and logits by the transposed token embedding.
+    """Token and position embeddings, L blocks, for Pre-LN a final norm, and logits by the transposed output matrix.
 
+    The output matrix is the token embedding (`tied`), as in GPT-2, or has weights of its own, which no saved model has.
     The same `seed` gives the same weights on every platform with the same torch, whatever the global generator did.
     """
 
     # A ModuleList, whose type does not say what it holds.
     h: Sequence[Block]
 
-    def __init__(self, config: GPTConfig, seed: int = 0):
+    def __init__(self, config: GPTConfig, seed: int = 0, *, tied: bool = True, init_std: float = 0.02):
         super().__init__()
         self.config = config
         self.wte = _embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = _embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, n_head) for n_head in config.layer_heads)  # type: ignore[assignment]
         self.ln_f = nn.LayerNorm(config.n_embd) if config.norm == "preln" else nn.Identity()
-        self._init_weights(torch.Generator().manual_seed(seed))
+        self.lm_head = None if tied else nn.Parameter(torch.empty_like(self.wte.weight))
+        self._init_weights(init_std, torch.Generator().manual_seed(seed))
 
     @torch.no_grad()
-    def _init_weights(self, generator: torch.Generator) -> None:
-        """N(0, 0.02) and zero biases as GPT and GPT-2; the two exceptions are in the papers of the norms.
+    def _init_weights(self, init_std: float, generator: torch.Generator) -> None:
+        """N(0, init_std) and zero biases as GPT and GPT-2; the two exceptions are in the papers of the norms.
 
         preln: the projections into the residual stream are scaled by 1 / sqrt(2 L) (Radford et al. 2019, section 2.3).
         deepnorm: Xavier normal with gain 1 for queries and keys, beta = (8 L)^(-1/4) for values, the attention's
-        projection and the MLP (Wang et al. 2022, figure 2).
+        projection and the MLP (Wang et al. 2022, figure 2, which leaves the embeddings open).
         """
         L = self.config.n_layer
         beta = (8 * L) ** -0.25
         for name, module in self.named_modules():
             if isinstance(module, nn.Embedding):
-                module.weight.normal_(std=0.02, generator=generator)
+                module.weight.normal_(std=init_std, generator=generator)
             elif isinstance(module, nn.Linear):
                 module.bias.zero_()
-                std = 0.02
+                std = init_std
                 if self.config.norm == "preln" and name.endswith("c_proj"):
                     std /= math.sqrt(2 * L)
                 elif self.config.norm == "deepnorm":
@@ -126,7 +128,15 @@ class GPT(nn.Module):
                 module.weight.normal_(std=std, generator=generator)
                 if self.config.norm == "deepnorm" and name.endswith("c_attn"):
                     module.weight[: 2 * (len(module.weight) // 3)] /= beta
-        self.wte.weight[self.config.vocab_size :] = 0
+        if self.lm_head is not None:
+            self.lm_head.normal_(std=init_std, generator=generator)
+        for matrix in (self.wte.weight, self.output_matrix):
+            matrix[self.config.vocab_size :] = 0
+
+    @property
+    def output_matrix(self) -> Tensor:
+        """Matrix (padded_vocab_size, C) whose products with the final hidden states are the logits."""
+        return self.wte.weight if self.lm_head is None else self.lm_head
 
     def hidden(self, idx: Tensor, positions: Tensor | None = None, attends: Sequence[Attend] | None = None) -> Tensor:
         """Final hidden states (B, T, C) of token ids (B, T). Raises ValueError beyond block_size.
@@ -146,10 +156,11 @@ class GPT(nn.Module):
         """Mean cross-entropy (scalar, nats) against `targets` (B, T), or logits (B, T, vocab_size) without them."""
         x = self.hidden(idx)
         if targets is None:
-            return x @ self.wte.weight[: self.config.vocab_size].t()
-        return linear_cross_entropy(x.flatten(0, 1), self.wte.weight, targets.flatten(), self.config.vocab_size)
+            return x @ self.output_matrix[: self.config.vocab_size].t()
+        return linear_cross_entropy(x.flatten(0, 1), self.output_matrix, targets.flatten(), self.config.vocab_size)
 
     def n_params(self) -> int:
         """Number of parameters, the padding of the vocabulary left out."""
         padding = (self.config.padded_vocab_size - self.config.vocab_size) * self.config.n_embd
-        return sum(p.numel() for p in self.parameters()) - padding
+        n_matrices = 1 if self.lm_head is None else 2
+        return sum(p.numel() for p in self.parameters()) - n_matrices * padding

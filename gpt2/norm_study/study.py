@@ -2,45 +2,59 @@
 
 import itertools
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import Literal
 
 import numpy as np
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt, model_validator
+from torch.nn.functional import normalize
 
 from gpt2.data.shards import TokenSet
 from gpt2.data.windows import spread_windows
 from gpt2.model.config import GPTConfig, ModelShape, Norm
-from gpt2.model.dist import Precision
+from gpt2.model.dist import Precision, autocast
 from gpt2.model.evaluate import mean_loss
 from gpt2.model.gpt import GPT
 from gpt2.pipeline.hardware import HardwareConfig
+from gpt2.pipeline.params import Config
 from gpt2.train.optim import AdamConfig, OptimConfig
-from gpt2.train.short_runs import order_windows, run_each, train_windows
-from gpt2.train.stability import count_spikes, has_stalled
+from gpt2.train.short_runs import Curve, order_windows, run_each, train_windows
 
-SETTING_COLUMNS = ("norm", "max_lr", "warmup_steps")
-FAULT_COLUMNS = ("loss_spikes", "diverged", "diverged_at_step", "stalled", "max_grad_norm")
-NORM_RUN_COLUMNS = (*SETTING_COLUMNS, "seed", "val_loss", *FAULT_COLUMNS)
-NORM_TABLE_COLUMNS = (*SETTING_COLUMNS, "seeds", "val_loss", "val_loss_low", "val_loss_high", *FAULT_COLUMNS)
-CURVE_COLUMNS = (*SETTING_COLUMNS, "seed", "step", "loss", "grad_norm")
+# The arm of GPT-2: AdamW and a tied output matrix.
+MAIN = "main"
 
-# JSON has no infinity: figures there stop at so many nats, and at this L2 norm of all gradients. What is more, or not a
-# number, is of a run that diverged, and is written in full to the CSV files.
-LOSS_CAP, GRAD_NORM_CAP = 1e4, 1e9
+
+class NormArm(Config):
+    """All norms with one optimizer and kind of output matrix; a run for each learning rate, warm-up and seed."""
+
+    # adamw for all parameters | muon for the matrices of the blocks and adamw for the others.
+    optimizer: Literal["adamw", "muon"]
+    # Whether the output matrix is the token embedding, as in GPT-2, or a matrix of its own.
+    tied: bool
+    max_lrs: tuple[PositiveFloat, ...] = Field(min_length=1)
+    warmup_steps: tuple[NonNegativeInt, ...] = Field(min_length=1)
+    seeds: tuple[int, ...] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _distinct(self) -> "NormArm":
+        for name in ("max_lrs", "warmup_steps", "seeds"):
+            values = getattr(self, name)
+            if len(set(values)) < len(values):
+                raise ValueError(f"{name}={list(values)} must not name a value twice; remove one")
+        return self
 
 
 class NormStudyConfig(ModelShape, AdamConfig):
     """Section `norm_study`: its own, small model and optimizer.
 
-    The first learning rate and warm-up are the reference setting of the headline figures.
+    Weights start from N(0, 0.02 sqrt(768 / n_embd)), so that a matrix has at any width the gain that it has in GPT-2 of
+    768 channels (mu-P, Yang et al. 2022). At 0.02 the blocks of a narrow model start as identities.
     """
 
     norms: tuple[Norm, ...] = Field(min_length=1)
-    max_lrs: tuple[PositiveFloat, ...] = Field(min_length=1)
-    warmup_steps: tuple[NonNegativeInt, ...] = Field(min_length=1)
-    seeds: tuple[int, ...] = Field(min_length=1)
+    # By name; `main` is AdamW with a tied output matrix, as GPT-2.
+    arms: dict[str, NormArm]
     max_steps: PositiveInt
     # The final learning rate as a fraction of the largest.
     min_lr_fraction: float = Field(ge=0, le=1)
@@ -54,19 +68,28 @@ class NormStudyConfig(ModelShape, AdamConfig):
     # The most frequent tokens of the training slice keep an id of their own; all others share the last one.
     vocab_size: int = Field(ge=2)
 
+    @property
+    def init_std(self) -> float:
+        """Standard deviation of initial weights."""
+        return 0.02 * math.sqrt(768 / self.n_embd)
+
     @model_validator(mode="after")
     def _fits(self) -> "NormStudyConfig":
-        if max(self.warmup_steps) >= self.max_steps:
-            raise ValueError(f"warmup_steps={list(self.warmup_steps)} must be less than max_steps={self.max_steps}")
+        main = self.arms.get(MAIN)
+        if main is None or not main.tied or main.optimizer != "adamw":
+            raise ValueError(f"arms must have an arm {MAIN} with optimizer adamw and tied true; add it")
+        for name, arm in self.arms.items():
+            if max(arm.warmup_steps) >= self.max_steps:
+                raise ValueError(
+                    f"arms.{name}.warmup_steps={list(arm.warmup_steps)} must be less than max_steps={self.max_steps}"
+                )
         if self.train_tokens < self.batch_windows * self.block_size:
             raise ValueError(
                 f"train_tokens={self.train_tokens} must fill one batch of batch_windows × block_size = "
                 f"{self.batch_windows * self.block_size}; raise it"
             )
-        for name in ("norms", "max_lrs", "warmup_steps", "seeds"):
-            values = getattr(self, name)
-            if len(set(values)) < len(values):
-                raise ValueError(f"{name}={list(values)} must not name a value twice; remove one")
+        if len(set(self.norms)) < len(self.norms):
+            raise ValueError(f"norms={list(self.norms)} must not name a value twice; remove one")
         return self
 
 
@@ -74,6 +97,7 @@ class NormStudyConfig(ModelShape, AdamConfig):
 class NormSetting:
     """One run of the study."""
 
+    arm: str
     norm: Norm
     max_lr: float
     warmup_steps: int
@@ -96,19 +120,17 @@ class StudyData:
 
 @dataclass(frozen=True)
 class RunResult:
-    """Loss and gradient norm of every step before a divergence; the largest gradient norm, that of the diverging step
-    included; and the validation loss of the last weights.
+    """Curve of a run and what its last weights do on validation windows.
 
-    The last two may be infinite or not a number if the run diverged. It did so at step max_steps, counted from 0, if
-    the validation was the first to see it.
+    `val_loss`, `token_cosine` and `grad_ratio` may be infinite or not a number if the run diverged. It did so at step
+    max_steps, counted from 0, if the validation was the first to see it.
     """
 
     setting: NormSetting
-    losses: list[float]
-    grad_norms: list[float]
-    max_grad_norm: float
+    curve: Curve
     val_loss: float
-    diverged_at_step: int
+    token_cosine: float
+    grad_ratio: float
 
 
 def load_study_data(config: NormStudyConfig, train: TokenSet, val: TokenSet) -> StudyData:
@@ -138,132 +160,57 @@ def unigram_losses(train: torch.Tensor, val: torch.Tensor) -> tuple[float, float
 
 
 def run_study(config: NormStudyConfig, data: StudyData, hardware: HardwareConfig) -> list[RunResult]:
-    """All runs of the study in the order norm, learning rate, warm-up, seed; on CPUs several at a time."""
+    """All runs in the order arm, norm, learning rate, warm-up, seed; on CPUs several at a time."""
     settings = [
-        NormSetting(*values)
-        for values in itertools.product(config.norms, config.max_lrs, config.warmup_steps, config.seeds)
+        NormSetting(name, *values)
+        for name, arm in config.arms.items()
+        for values in itertools.product(config.norms, arm.max_lrs, arm.warmup_steps, arm.seeds)
     ]
     return run_each(train_norm_run, [(setting, config, data) for setting in settings], hardware)
 
 
 def train_norm_run(setting: NormSetting, config: NormStudyConfig, data: StudyData, device: torch.device) -> RunResult:
     """Train one model from its seed; stops where it diverges."""
-    values = config.model_dump()
+    values, arm = config.model_dump(), config.arms[setting.arm]
     shape = GPTConfig(
         **{key: values[key] for key in ModelShape.model_fields}, vocab_size=data.vocab_size, norm=setting.norm
     )
     schedule = OptimConfig(
         **{key: values[key] for key in AdamConfig.model_fields},
+        optimizer=arm.optimizer,
         max_steps=config.max_steps,
         max_lr=setting.max_lr,
         min_lr=setting.max_lr * config.min_lr_fraction,
         warmup_steps=setting.warmup_steps,
     )
-    model = GPT(shape, setting.seed).to(device)
+    model = GPT(shape, setting.seed, tied=arm.tied, init_std=config.init_std).to(device)
     order = order_windows(len(data.train), config.max_steps, config.batch_windows, setting.seed)
     curve = train_windows(model, schedule, data.train, order, config.micro_batch, config.precision)
-    diverged_at_step = curve.diverged_at_step
     val_loss = mean_loss(model, data.val, config.micro_batch, config.precision)
-    if diverged_at_step < 0 and not math.isfinite(val_loss):
-        diverged_at_step = config.max_steps
-    return RunResult(setting, curve.losses, curve.grad_norms, curve.max_grad_norm, val_loss, diverged_at_step)
+    if curve.diverged_at_step < 0 and not math.isfinite(val_loss):
+        curve = replace(curve, diverged_at_step=config.max_steps)
+    windows = data.val[: config.micro_batch].to(device)
+    with autocast(device, config.precision):
+        return RunResult(setting, curve, val_loss, token_cosine(model, windows), grad_ratio(model, windows))
 
 
-def run_rows(results: Sequence[RunResult], data: StudyData) -> list[tuple]:
-    """One row a run, as in NORM_RUN_COLUMNS. A run that diverged has not stalled as well: it broke off."""
-    rows = []
-    for r in results:
-        diverged = r.diverged_at_step >= 0
-        stalled = not diverged and has_stalled(r.val_loss, data.unigram_val_loss)
-        faults = (count_spikes(r.losses), int(diverged), r.diverged_at_step, int(stalled), r.max_grad_norm)
-        rows.append((*_place(r), r.setting.seed, r.val_loss, *faults))
-    return rows
+@torch.no_grad()
+def token_cosine(model: GPT, windows: torch.Tensor) -> float:
+    """Mean cosine between the final hidden states of different tokens of a window; 1 where all tokens are alike.
 
-
-def norm_table_rows(results: Sequence[RunResult], data: StudyData) -> list[tuple]:
-    """One row for each norm, learning rate and warm-up, as in NORM_TABLE_COLUMNS.
-
-    The validation loss is the mean over seeds, between the lowest and the highest; spikes, `diverged` and `stalled` are
-    summed; the step is that of the earliest divergence, the gradient norm the largest. What is not a number counts as
-    infinite.
+    `windows` are (N, T + 1). That tokens become alike with depth is rank collapse (Dong et al. 2021).
     """
-    rows = []
-    for setting, runs in itertools.groupby(run_rows(results, data), key=lambda row: row[: len(SETTING_COLUMNS)]):
-        columns = dict(zip(NORM_RUN_COLUMNS, zip(*runs, strict=True), strict=True))
-        losses, grad_norms = (
-            [math.inf if math.isnan(value) else value for value in columns[name]]
-            for name in ("val_loss", "max_grad_norm")
-        )
-        row = {
-            "seeds": len(losses),
-            "val_loss": sum(losses) / len(losses),
-            "val_loss_low": min(losses),
-            "val_loss_high": max(losses),
-            "loss_spikes": sum(columns["loss_spikes"]),
-            "diverged": sum(columns["diverged"]),
-            "diverged_at_step": min((step for step in columns["diverged_at_step"] if step >= 0), default=-1),
-            "stalled": sum(columns["stalled"]),
-            "max_grad_norm": max(grad_norms),
-        }
-        rows.append((*setting, *row.values()))
-    return rows
+    hidden = normalize(model.hidden(windows[:, :-1]).float(), dim=-1)
+    T = hidden.shape[1]
+    # The sum over all pairs is the squared norm of the sum; T of them are tokens with themselves.
+    return ((hidden.sum(1).square().sum(-1) - T) / (T * (T - 1))).mean().item()
 
 
-def curve_rows(results: Sequence[RunResult]) -> list[tuple]:
-    """One row a step of each run, as in CURVE_COLUMNS."""
-    return [
-        (*_place(r), r.setting.seed, step + 1, loss, grad_norm)
-        for r in results
-        for step, (loss, grad_norm) in enumerate(zip(r.losses, r.grad_norms, strict=True))
-    ]
-
-
-def wide_rows(results: Sequence[RunResult], config: NormStudyConfig, quantity: str) -> list[list]:
-    """Rows of step and `quantity` ("losses" or "grad_norms") of each norm at the reference setting with the first seed;
-    empty after divergence."""
-    reference = (config.max_lrs[0], config.warmup_steps[0], config.seeds[0])
-    runs = {NormSetting(norm, *reference): norm for norm in config.norms}
-    curves = [getattr(r, quantity) for r in results if r.setting in runs]
-    return [[step + 1, *values] for step, values in enumerate(itertools.zip_longest(*curves, fillvalue=""))]
-
-
-def study_figures(results: Sequence[RunResult], config: NormStudyConfig, data: StudyData) -> dict[str, float]:
-    """Figures of metrics/norm_study.json, up to LOSS_CAP and GRAD_NORM_CAP.
-
-    `<norm>_val_loss` and `<norm>_max_grad_norm` are those of the reference setting, the loss a mean over seeds;
-    `<norm>_best_val_loss` is the lowest mean over seeds of any setting, at `<norm>_best_max_lr` and
-    `<norm>_best_warmup_steps`. Spikes are counted, and `diverged`, `stalled` asked, over all runs of the norm; the step
-    is that of the earliest divergence. `<norm>_settings_<fault>` counts the settings in which any run has the fault.
-    """
-    table = [dict(zip(NORM_TABLE_COLUMNS, row, strict=True)) for row in norm_table_rows(results, data)]
-    figures: dict[str, float] = {
-        "runs": len(results),
-        "seeds": len(config.seeds),
-        "settings": len(config.max_lrs) * len(config.warmup_steps),
-        "vocab_size": data.vocab_size,
-        "unigram_entropy": data.unigram_entropy,
-        "unigram_val_loss": data.unigram_val_loss,
-    }
-    for norm in config.norms:
-        rows = [row for row in table if row["norm"] == norm]
-        reference, best = rows[0], min(rows, key=lambda row: row["val_loss"])
-        figures |= {
-            f"{norm}_val_loss": min(reference["val_loss"], LOSS_CAP),
-            f"{norm}_best_val_loss": min(best["val_loss"], LOSS_CAP),
-            f"{norm}_best_max_lr": best["max_lr"],
-            f"{norm}_best_warmup_steps": best["warmup_steps"],
-            f"{norm}_loss_spikes": sum(row["loss_spikes"] for row in rows),
-            f"{norm}_diverged": int(any(row["diverged"] for row in rows)),
-            f"{norm}_diverged_at_step": min((row["diverged_at_step"] for row in rows if row["diverged"]), default=-1),
-            f"{norm}_stalled": int(any(row["stalled"] for row in rows)),
-            f"{norm}_max_grad_norm": min(reference["max_grad_norm"], GRAD_NORM_CAP),
-            f"{norm}_settings_spiked": sum(row["loss_spikes"] > 0 for row in rows),
-            f"{norm}_settings_diverged": sum(row["diverged"] > 0 for row in rows),
-            f"{norm}_settings_stalled": sum(row["stalled"] > 0 for row in rows),
-        }
-    return figures
-
-
-def _place(result: RunResult) -> tuple:
-    """Where a run stands in the grid, as in SETTING_COLUMNS."""
-    return result.setting.norm, result.setting.max_lr, result.setting.warmup_steps
+def grad_ratio(model: GPT, windows: torch.Tensor) -> float:
+    """Norm of the loss's gradient by the first block's parameters over that by the last's, on `windows` (N, T + 1)."""
+    loss = model(windows[:, :-1], windows[:, 1:])
+    first, last = (
+        torch.nn.utils.get_total_norm(torch.autograd.grad(loss, [*block.parameters()], retain_graph=True))
+        for block in (model.h[0], model.h[-1])
+    )
+    return (first / last).item()
