@@ -63,7 +63,7 @@ def tabulate_settings(runs: pd.DataFrame) -> pd.DataFrame:
     ).reset_index()
 
 
-def _aggregate(runs: pd.DataFrame, keys: list[str], **columns: tuple[str, str]) -> pd.DataFrame:
+def _aggregate(runs: pd.DataFrame, keys: list[str], /, **columns: tuple[str, str]) -> pd.DataFrame:
     """A row for each group; the step is -1 without a divergence, a gradient norm that is not a number is infinite."""
     runs = runs.assign(
         diverged_at_step=runs["diverged_at_step"].where(runs["diverged"] > 0),
@@ -124,7 +124,8 @@ def study_figures(runs: pd.DataFrame, config: NormStudyConfig, data: StudyData) 
         rough_runs=("rough", "sum"),
         lost_runs=("lost", "sum"),
     )
-    norms = norms.fillna({"val_loss": LOSS_CAP}).clip({"val_loss": LOSS_CAP, "max_grad_norm": GRAD_NORM_CAP})
+    norms["val_loss"] = norms["val_loss"].fillna(math.inf).clip(upper=LOSS_CAP)
+    norms["max_grad_norm"] = norms["max_grad_norm"].clip(upper=GRAD_NORM_CAP)
     for norm, row in norms.to_dict("index").items():
         figures |= {f"{norm}_{key}": value for key, value in row.items() if not math.isnan(value)}
     if {"preln", "postln"} <= {*config.norms}:

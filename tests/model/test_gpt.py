@@ -1,5 +1,6 @@
 """The network equals transformers' GPT-2; its norms and initial weights are those of their papers."""
 
+import hashlib
 import math
 
 import pytest
@@ -9,6 +10,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from gpt2.model.config import GPTConfig
+from gpt2.model.evaluate import mean_loss
 from gpt2.model.gpt import GPT
 from gpt2.train.optim import OptimConfig, build_optimizer
 from tests.analysed import BLOCK_SIZE, VOCAB_SIZE, make_model, make_windows
@@ -109,6 +111,32 @@ def test_the_classifier_is_the_token_embedding_itself():
     assert model.wte.weight.grad[17:300].any(1).all()
 
 
+def test_an_output_matrix_of_its_own_makes_the_logits_and_learns_apart_from_the_embedding():
+    config, windows = make_config(n_embd=32, vocab_size=VOCAB_SIZE, block_size=BLOCK_SIZE), make_windows(3)
+    model, idx, targets = GPT(config, seed=3, tied=False), windows[:, :-1], windows[:, 1:]
+    assert model.n_params() == GPT(config).n_params() + VOCAB_SIZE * 32
+    # The other weights are those of the tied model.
+    tied, state = GPT(config, seed=3).state_dict(), model.state_dict()
+    assert state.keys() - tied.keys() == {"lm_head"} and all(torch.equal(state[name], tied[name]) for name in tied)
+    assert model.lm_head[:VOCAB_SIZE].std().item() == pytest.approx(0.02, rel=0.05)
+    assert not model.lm_head[VOCAB_SIZE:].any()
+
+    loss = model(idx, targets)
+    loss.backward()
+    logits = F.linear(model.hidden(idx), model.lm_head[:VOCAB_SIZE])
+    torch.testing.assert_close(model(idx), logits)
+    expected = F.cross_entropy(logits.flatten(0, 1), targets.flatten())
+    torch.testing.assert_close(loss, expected)
+    names, parameters = zip(*model.named_parameters(), strict=True)
+    for name, parameter, gradient in zip(names, parameters, torch.autograd.grad(expected, parameters), strict=True):
+        torch.testing.assert_close(
+            parameter.grad, gradient, rtol=1e-4, atol=1e-7, msg=lambda text, n=name: f"{n}: {text}"
+        )
+    # Ids that no input holds have no gradient through the embedding.
+    assert not model.wte.weight.grad[sorted({*range(VOCAB_SIZE)} - {*idx.flatten().tolist()})].any()
+    assert mean_loss(model, windows, batch_size=2) == pytest.approx(loss.item(), rel=1e-6)
+
+
 @pytest.mark.parametrize("norm", ["postln", "deepnorm"])
 def test_without_a_final_norm_the_last_block_normalises(norm):
     model, idx = make_model(norm), make_windows(3)[:, :-1]
@@ -196,6 +224,29 @@ def test_initial_weights_have_the_deviations_of_the_papers(norm):
     for name, parameter in model.named_parameters():
         if parameter.dim() == 1:
             assert (parameter == float("ln_" in name and name.endswith("weight"))).all(), name
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_the_initial_scale_multiplies_all_but_the_matrices_of_deepnorm(norm):
+    config = make_config(norm=norm)
+    narrow, wide = (GPT(config, seed=5, init_std=std).state_dict() for std in (0.02, 0.1))
+    assert all(torch.equal(tensor, narrow[name]) for name, tensor in GPT(config, seed=5).state_dict().items())
+    for name, tensor in narrow.items():
+        scaled = tensor.dim() == 2 and (norm != "deepnorm" or name.startswith("w"))
+        torch.testing.assert_close(wide[name], 5 * tensor if scaled else tensor)
+
+
+INITIAL_LOSSES = {"preln": 3.9267497062683105, "postln": 3.925563097000122, "deepnorm": 3.9276020526885986}
+INITIAL_WEIGHTS = {"preln": "ee4281864be1", "postln": "57c79e12e541", "deepnorm": "ad3efd58df11"}
+
+
+@pytest.mark.parametrize("norm", NORMS)
+def test_a_model_without_options_starts_as_ever(norm):
+    # Saved runs and their hashes rest on these bits, which torch's generator gives on every platform.
+    model, idx = GPT(make_config(norm=norm), seed=7), torch.arange(16).view(2, 8)
+    weights = b"".join(name.encode() + tensor.numpy().tobytes() for name, tensor in model.state_dict().items())
+    assert hashlib.sha256(weights).hexdigest().startswith(INITIAL_WEIGHTS[norm])
+    assert model(idx, idx + 1).item() == pytest.approx(INITIAL_LOSSES[norm], rel=1e-6)
 
 
 def test_padded_rows_stay_zero_through_optimizer_steps():

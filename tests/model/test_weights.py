@@ -127,3 +127,9 @@ def test_a_save_that_fails_leaves_no_model_that_mixes_old_and_new(folder, monkey
     assert {path.name for path in folder.iterdir()} == {"model.safetensors"}
     with pytest.raises(UserError, match="holds no model"):
         load_model(folder)
+
+
+def test_a_model_with_an_output_matrix_of_its_own_is_refused(tmp_path):
+    save_model(GPT(make_model().config, tied=False), tmp_path / "gpt2")
+    with pytest.raises(UserError, match=r"lm_head: expected nothing, found \(128, 32\)"):
+        load_model(tmp_path / "gpt2")
