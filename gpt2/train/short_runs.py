@@ -1,9 +1,10 @@
-"""Short trainings of small models for the studies: one loop, and on CPUs several runs at a time."""
+"""Short trainings of small models for the studies: one loop, and several runs at a time."""
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
-from typing import TypeVar
+from multiprocessing import get_context
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -69,16 +70,26 @@ def train_windows(
 
 
 def run_each(function: Callable[..., R], tasks: Iterable[tuple], hardware: HardwareConfig) -> list[R]:
-    """`function(*task, device)` for each task, in their order; on CPUs several at a time."""
-    if torch.cuda.is_available():
-        device = setup_device(hardware)
-        return [function(*task, device) for task in tasks]
-    # A run is too small to share: one thread each beats all threads on one.
-    prepare = partial(setup_device, hardware, hardware.threads)
-    if hardware.threads == 1:
+    """`function(*task, device)` for each task, in their order; one process for each GPU, or for each thread of a CPU.
+
+    A run is too small to share: on a CPU, one thread for each beats all threads on one.
+    """
+    gpus = torch.cuda.device_count()
+    workers = gpus or hardware.threads
+    # Taken by each worker in turn.
+    place = get_context("spawn").Value("i", 0)
+    prepare = partial(_take_device, hardware, 1 if gpus else workers, place)
+    if workers == 1:
         prepare()
-    return list(in_order(partial(_run_on_cpu, function), tasks, hardware.threads, prepare))
+    return list(in_order(partial(_run_here, function), tasks, workers, prepare))
 
 
-def _run_on_cpu(function: Callable[..., R], task: tuple) -> R:
-    return function(*task, torch.device("cpu"))
+def _take_device(hardware: HardwareConfig, processes: int, place: Any) -> None:
+    with place:
+        setup_device(hardware, processes, place.value)
+        place.value += 1
+
+
+def _run_here(function: Callable[..., R], task: tuple) -> R:
+    on_gpu = torch.cuda.is_available()
+    return function(*task, torch.device("cuda", torch.cuda.current_device()) if on_gpu else torch.device("cpu"))
