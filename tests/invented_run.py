@@ -8,7 +8,9 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from gpt2.heads import redundancy
+from gpt2.heads.redundancy import COSINES
+from gpt2.heads.similarity import HeadsConfig
+from gpt2.heads.study import summarise_heads
 from gpt2.model.config import GPTConfig
 from gpt2.pipeline.files import write_csv, write_json
 from gpt2.prune.similarity_orders import SIMILAR_ORDERS
@@ -172,22 +174,20 @@ def _invent_tokenizer_study(root: Path) -> None:
 def _invent_heads(root: Path, n_layer: int, n_head: int) -> None:
     rng = np.random.default_rng(2)
     config = GPTConfig(n_layer=n_layer, n_head=n_head, n_embd=n_head, block_size=1, vocab_size=1, norm="preln")
-    matrices = {}
-    for shift, name in enumerate(redundancy.COSINES.values()):
+    matrices = {f"{null}uniform": np.full(n_layer * n_head, 0.5) for null in ("", "untrained_")}
+    for shift, (name, _) in enumerate(COSINES.values()):
         vectors = rng.normal(0, 1, (n_layer * n_head, 6)) + 1.2 + 0.05 * shift
         vectors /= np.linalg.norm(vectors, axis=1, keepdims=True)
         matrices[name] = np.abs(vectors @ vectors.T)
-    pairs = redundancy.list_pairs(config, matrices)
-    layers = redundancy.summarise_layers(pairs, 0.85, 95.0)
-    folder = root / "plots/head_similarity"
-    write_csv(folder / "matrix.csv", *redundancy.tabulate_matrix(config, matrices["pattern"]))
-    write_csv(folder / "layers.csv", redundancy.LayerSummary._fields, layers)
-    write_csv(folder / "pairs.csv", redundancy.Pair._fields, redundancy.tabulate_pairs(pairs))
+    rules = HeadsConfig(n_tokens=1, batch_size=1, threshold=0.85, null_percentile=95, seed=1)
+    tables, figures = summarise_heads(config, matrices, rules)
+    for name, table in tables.items():
+        write_csv(root / f"plots/head_similarity/{name}.csv", list(table.columns), table.itertuples(index=False))
     claimed = {
         "redundant_pairs": 8, "redundant_heads": 11, "untrained_redundant_pairs": 2, "shuffled_redundant_pairs": 5,
         "redundant_pairs_middle_percent": 75.0,
     }  # fmt: skip
-    write_json(root / "metrics/heads.json", {**redundancy.summarise_pairs(config, pairs, 0.85, 95.0), **claimed})
+    write_json(root / "metrics/heads.json", {**figures, **claimed})
 
 
 def _invent_pruning(root: Path, n_heads: int) -> None:

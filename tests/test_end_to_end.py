@@ -45,7 +45,11 @@ SETTINGS = {
     },
     "model": {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 32},
     "norm_study": {
-        "norms": ["preln", "postln", "deepnorm"], "max_lrs": [1e-3], "warmup_steps": [1], "seeds": [1], "max_steps": 3,
+        "norms": ["preln", "postln", "deepnorm"], "max_steps": 3,
+        "arms": {
+            "main": {"optimizer": "adamw", "tied": True, "max_lrs": [1e-3], "warmup_steps": [1], "seeds": [1]},
+            "muon": {"optimizer": "muon", "tied": False, "max_lrs": [1e-3], "warmup_steps": [1], "seeds": [1]},
+        },
         "min_lr_fraction": 0.1, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_clip": 1.0,
         "batch_windows": 4, "micro_batch": 2, "precision": "float32", "n_layer": 2, "n_head": 2, "n_embd": 16,
         "block_size": 16, "train_tokens": 2000, "eval_tokens": 320, "vocab_size": 300,

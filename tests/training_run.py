@@ -71,9 +71,12 @@ SECTIONS = {
         **SHAPE,
         **ADAM,
         "norms": ["preln", "postln", "deepnorm"],
-        "max_lrs": [5e-3, 1e5],
-        "warmup_steps": [5],
-        "seeds": [1, 2],
+        "arms": {
+            "main": {
+                **{"optimizer": "adamw", "tied": True},
+                **{"max_lrs": [5e-3, 1e5], "warmup_steps": [5], "seeds": [1, 2]},
+            }
+        },
         "max_steps": 40,
         "min_lr_fraction": 0.1,
         "batch_windows": 4,
