@@ -1,33 +1,27 @@
 """How the size of a BPE vocabulary changes the segmentation of words, the length of documents and the cost of training.
 
-Vocabularies are trained on the training split and measured on held-out text (validation and test splits), beside
-GPT-2's own, which was trained on WebText.
+Vocabularies trained on the training split, and GPT-2's own, which was trained on WebText, are measured on held-out
+text: the validation and test splits.
 """
 
-import json
 import math
-import os
-import subprocess
-import sys
 import time
+from bisect import bisect_left
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import Any
 
 import numpy as np
 import tiktoken
 from pydantic import PositiveInt, model_validator
 
-from gpt2.data.vocabulary import SUFFIX
 from gpt2.model.config import ModelShape
 from gpt2.model.flops import training_flops_per_token
-from gpt2.pipeline.files import UserError
 from gpt2.prepare.corpus import read_split
 from gpt2.tokenizer.bpe import VocabularyConfig, read_training_text, take
-from gpt2.tokenizer.encodings import MIN_VOCAB_SIZE, load_encoding, ranked_tokens, read_encoding
+from gpt2.tokenizer.encodings import MIN_VOCAB_SIZE, load_encoding
 from gpt2.tokenizer_study.words import GROUPS, WordCounts, WordRules, band_words, count_words, group_words, words
 
 # Best correlated with translation quality (Zouhar et al. 2023, "Tokenization and the noiseless channel").
@@ -36,6 +30,8 @@ RENYI_ALPHA = 2.5
 EXAMPLE_MIN_LETTERS = 6
 EXAMPLE_WAYS = 3
 LOGIT_BYTES = 4
+# Widths beyond this are not searched for the one at which a large vocabulary becomes cheaper.
+MAX_N_EMBD = 100_000
 
 
 class TokenizerStudyConfig(WordRules):
@@ -60,20 +56,28 @@ class TokenizerStudyConfig(WordRules):
 
 @dataclass(frozen=True)
 class StudyText:
-    """Documents that vocabularies are trained on and held-out ones, words of the former counted by the rules' forms, of
-    the latter by written forms, and the groups of the latter."""
+    """Documents of the three splits and their words.
+
+    counts: of the words of the training documents, in the form of the rules. occurrences: of each written form in the
+    held-out documents. groups: the same for each of GROUPS.
+    """
 
     training: list[str]
-    held_out: list[str]
+    validation: list[str]
+    test: list[str]
     counts: WordCounts
     occurrences: Counter[str]
     groups: dict[str, Counter[str]]
 
+    @property
+    def held_out(self) -> list[str]:
+        return self.validation + self.test
+
 
 @dataclass(frozen=True)
 class Study:
-    """Results: flat `metrics`, a row of `vocabularies` for each vocabulary, of `bands` for each vocabulary and band of
-    frequency, of `examples` for each word, and measured `speed`."""
+    """Results: flat `metrics`, rows of `vocabularies` (one per vocabulary), of `bands` (one per vocabulary and band of
+    frequency) and of `examples` (one per word), and the measured `speed`."""
 
     metrics: dict[str, float]
     vocabularies: list[dict[str, Any]]
@@ -89,46 +93,10 @@ def read_study_text(config: TokenizerStudyConfig, vocabulary: VocabularyConfig, 
     """
     training = read_training_text(corpus, vocabulary)
     key = "tokenizer_study.held_out_bytes"
-    held_out = [
-        text for split in ("val", "test") for text in take(read_split(corpus, split), config.held_out_bytes, key)
-    ]
+    validation, test = (take(read_split(corpus, split), config.held_out_bytes, key) for split in ("val", "test"))
     counts = count_words(training)
-    occurrences = Counter(word for text in held_out for word in words(text))
-    return StudyText(training, held_out, counts, occurrences, group_words(occurrences, counts, config))
-
-
-def train_apart(
-    vocab_sizes: Sequence[int], vocabulary: VocabularyConfig, corpus: Path
-) -> tuple[list[tiktoken.Encoding], dict[str, float]]:
-    """Each vocabulary trained by itself, in a process of its own; and the seconds and the memory that it took.
-
-    One would do, since a smaller vocabulary is the beginning of a larger one; that it is, is asserted. Raises UserError
-    if the training text is too small for one of them.
-    """
-    encodings: list[tiktoken.Encoding] = []
-    speed: dict[str, float] = {}
-    with TemporaryDirectory() as folder:
-        for size in vocab_sizes:
-            name = f"bpe_{size}"
-            options = {"corpus": corpus, "size": size, "train_bytes": vocabulary.train_bytes, "out": folder}
-            told = _run("gpt2.tokenizer.bpe", *(f"--{key}={value}" for key, value in options.items()))
-            speed |= {f"{name}_train_{key}": value for key, value in json.loads(told).items()}
-            encodings.append(read_encoding(Path(folder, f"{name}{SUFFIX}")))
-    largest = ranked_tokens(encodings[-1])
-    assert all(ranked_tokens(encoding) == largest[: encoding.n_vocab - 1] for encoding in encodings), (
-        "not its beginning"
-    )
-    return encodings, speed
-
-
-def _run(module: str, *arguments: str) -> str:
-    """What a module of this project writes, run by itself. Raises UserError with its last words if it fails."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join(sys.path)}
-    command = [sys.executable, "-m", module, *arguments]
-    ended = subprocess.run(command, env=environment, capture_output=True, text=True)
-    if ended.returncode:
-        raise UserError(ended.stderr.strip().removeprefix(f"{module.rpartition('.')[2]}: "))
-    return ended.stdout
+    occurrences = Counter(word for text in validation + test for word in words(text))
+    return StudyText(training, validation, test, counts, occurrences, group_words(occurrences, counts, config))
 
 
 def study_vocabularies(
@@ -154,7 +122,27 @@ def study_vocabularies(
             sizes = {"words": members.total(), "word_types": len(members)}
             place = {"name": encoding.name, "vocab_size": encoding.n_vocab, "band": band}
             bands.append({**place, **sizes, **measure_words(members, encoding)})
+    small, large = (next(row for row in rows if row["name"] == trained[i].name) for i in (0, -1))
+    metrics["cheaper_above_n_embd"] = cheaper_above_n_embd(small, large, shape)
     return Study(metrics, rows, bands, segment_examples(text.groups, encodings, config.n_examples), speed)
+
+
+def cheaper_above_n_embd(small: Mapping[str, Any], large: Mapping[str, Any], shape: ModelShape) -> int:
+    """Smallest width at which a byte of text costs fewer training FLOPs with the vocabulary `large` than with `small`.
+
+    Depth and context are those of `shape`; -1 if there is no such width up to MAX_N_EMBD. Both rows have `vocab_size`
+    and `bytes_per_token`. FLOPs per byte over n_embd are linear in n_embd, and the blocks, the only part that grows,
+    cost less with more bytes per token. So there is one crossing, which bisection finds.
+    """
+
+    def is_cheaper(n_embd: int) -> bool:
+        wide = shape.model_copy(update={"n_embd": n_embd})
+        costs = (training_flops_per_token(wide, row["vocab_size"]) / row["bytes_per_token"] for row in (small, large))
+        return next(costs) > next(costs)
+
+    widths = range(1, MAX_N_EMBD + 1)
+    found = bisect_left(widths, True, key=is_cheaper)
+    return widths[found] if found < len(widths) else -1
 
 
 def with_gpt2(trained: Sequence[tiktoken.Encoding]) -> list[tiktoken.Encoding]:
@@ -209,10 +197,10 @@ def renyi_efficiency(counts: np.ndarray, vocab_size: int, alpha: float = RENYI_A
 
 
 def measure_words(occurrences: Mapping[str, int], encoding: tiktoken.Encoding) -> dict[str, float]:
-    """Mean tokens of a word over its occurrences and over distinct written forms (`type`), and the shares of the
+    """Mean tokens per word over occurrences and over distinct written forms (`type`), and the percentages of the
     occurrences that are one token, and three or more.
 
-    `occurrences` counts words as `words` returns them: the space before a word belongs to it.
+    `occurrences` counts words as `words` returns them: the space before a word is part of it.
     """
     lengths = np.array([len(encoding.encode_ordinary(word)) for word in occurrences])
     weights = np.array(list(occurrences.values()))
@@ -235,11 +223,11 @@ def describe_words(occurrences: Counter[str], groups: Mapping[str, Counter[str]]
 def segment_examples(
     groups: Mapping[str, Counter[str]], encodings: Sequence[tiktoken.Encoding], n_examples: int
 ) -> list[dict[str, str]]:
-    """Segmentations of `n_examples` words, an equal share of each group, as they stand after a space.
+    """Segmentations of `n_examples` words after a space, an equal share from each group.
 
-    A group's written forms of at least EXAMPLE_MIN_LETTERS are ordered by falling held-out count and taken at even
-    distances: of those that the vocabularies cut in EXAMPLE_WAYS ways or more as long as these suffice, for the others
-    show little. A form shown for one group is left out of the next.
+    A group's written forms of at least EXAMPLE_MIN_LETTERS are sorted by falling held-out count and sampled at even
+    distances, from those that the vocabularies cut in EXAMPLE_WAYS ways or more if these suffice. A form shown for one
+    group is left out of the next.
     """
     shown: dict[str, tuple[str, list[str]]] = {}
     for i, name in enumerate(GROUPS):
@@ -262,6 +250,6 @@ def segment_examples(
 
 
 def segment(word: str, encoding: tiktoken.Encoding) -> str:
-    """The tokens of a word after a space, with bars between: `data|frame`; `|data` if the space is a token alone."""
+    """The tokens of a word after a space, separated by bars: `data|frame`; `|data` if the space is its own token."""
     pieces = encoding.decode_tokens_bytes(encoding.encode_ordinary(" " + word))
     return "|".join(piece.decode("utf-8", errors="backslashreplace") for piece in pieces).removeprefix(" ")
