@@ -44,13 +44,14 @@ from gpt2.train.short_runs import run_each, train_windows
 # What is judged: all of the text, and the words of each group.
 PARTS = ("", *(f"{group}_" for group in GROUPS))
 EVEN = tuple(f"{part}even_bits_per_byte" for part in PARTS)
-# Over documents; and whether all of the interval is below guessing all tokens alike.
+# Over documents; and whether the bits are below guessing all tokens alike, by the interval of the difference.
 RARE_INTERVAL = ("rare_bits_per_byte_ci_low", "rare_bits_per_byte_ci_high", "rare_below_even")
 # A schedule of fewer steps is no training.
 MIN_STEPS = 5
 # The training loss of a run is the mean over its last steps.
 LAST_STEPS = 10
 CONFIDENCE = 0.95
+FIT_SIZES = 2
 
 
 class VocabularyRunsConfig(ModelShape, AdamConfig):
@@ -112,7 +113,7 @@ class RunText:
 
 @dataclass(frozen=True)
 class VocabularyRun:
-    """A row of runs.csv; `bits` and `bytes` of the rare words of each test document that holds one, by its number."""
+    """A row of runs.csv; `bits`, `even` bits and `bytes` of the rare words of each test document that holds one."""
 
     row: dict[str, Any]
     rare: pd.DataFrame
@@ -154,8 +155,8 @@ def encode_runs(
 def paired_windows(text: RunText, count: int, block_size: int, seed: int) -> Tensor:
     """The first `count` training windows of a seed, (count, T + 1) int64.
 
-    They begin at random bytes of the text, which depend on the seed and the number of bytes alone; within a document the
-    token at a byte is interpolated.
+    They begin at random bytes of the text, which depend on the seed and the number of bytes alone. The token at a byte
+    is interpolated within its document.
     """
     places = sample_windows(np.arange(count), int(text.byte_starts[-1]), seed)
     starts = np.interp(places, text.byte_starts, text.token_starts).astype(np.int64)
@@ -201,6 +202,7 @@ def train_vocabulary_run(
     validation, test = (
         score_model(model, split, config.micro_batch, config.precision) for split in (text.validation, text.test)
     )
+    even = score_even(text.test)
     judged = {f"{part}bits_per_byte": bits for part, bits in test.bits_per_byte.items()}
     judged["val_bits_per_byte"] = validation.bits_per_byte[""]
     diverged = curve.diverged_at_step >= 0 or not all(map(math.isfinite, judged.values()))
@@ -213,9 +215,11 @@ def train_vocabulary_run(
         "train_loss": float(np.mean(curve.losses[-LAST_STEPS:])) if curve.losses else math.inf,
         "diverged": int(diverged),
         **(dict.fromkeys(judged, math.inf) if diverged else judged),
-        **dict(zip(EVEN, score_even(text.test).bits_per_byte.values(), strict=True)),
+        **dict(zip(EVEN, even.bits_per_byte.values(), strict=True)),
     }
-    rare = test.words[test.words["rare"]].groupby("document")[["bits", "bytes"]].sum()
+    # NaN would be left out of sums.
+    words = test.words.assign(bits=math.inf if diverged else test.words["bits"], even=even.words["bits"])
+    rare = words[words["rare"]].groupby("document")[["bits", "even", "bytes"]].sum()
     return VocabularyRun(row, rare)
 
 
@@ -254,6 +258,7 @@ def vocabulary_table(runs: Sequence[VocabularyRun]) -> pd.DataFrame:
 
     Bits per byte are the mean, the lowest and the highest over seeds. The 95 % interval of the rare words is over
     documents: a bootstrap of their mean bits over seeds. (The words of a document are not independent.)
+    `rare_below_even` is 1 if the interval of the difference from guessing all tokens alike is below 0.
     """
     chosen = [run for run in runs if run.row["chosen"]]
     spread = {"": "mean", "_low": "min", "_high": "max"}
@@ -268,11 +273,12 @@ def vocabulary_table(runs: Sequence[VocabularyRun]) -> pd.DataFrame:
     table = rows.groupby(keys, sort=False).agg(**columns).reset_index()  # type: ignore[call-overload]
     # The chosen runs are in the order of the table.
     groups = itertools.groupby(chosen, key=lambda run: [run.row[key] for key in keys])
-    rare = [pd.concat([run.rare for run in group]).groupby(level="document").mean() for _, group in groups]
+    rare = [pd.concat([run.rare for run in group]).groupby(level=0).mean() for _, group in groups]
     table[list(RARE_INTERVAL[:2])] = [
         bootstrap_ratio(each["bits"].to_numpy(), each["bytes"].to_numpy()) for each in rare
     ]
-    table["rare_below_even"] = (table["rare_bits_per_byte_ci_high"] < table["rare_even_bits_per_byte"]).astype(int)
+    differences = [bootstrap_ratio((each["bits"] - each["even"]).to_numpy(), each["bytes"].to_numpy()) for each in rare]
+    table["rare_below_even"] = [int(high < 0) for _, high in differences]
     return table
 
 
@@ -292,9 +298,9 @@ def bootstrap_ratio(bits: np.ndarray, n_bytes: np.ndarray) -> tuple[float, float
 
 
 def best_log_size(log_sizes: Sequence[float], bits: Sequence[float]) -> float:
-    """Minimum, over the measured range, of the parabola through bits per byte against log2 of the vocabulary size.
+    """Minimum, over the given range, of the least-squares parabola of bits per byte in log2 of the vocabulary size.
 
-    Least squares; through two points a line. An end of the range if the parabola has no minimum inside.
+    Through two points it is a line. An end of the range if the curve has no minimum inside.
     """
     curve = np.polynomial.Polynomial.fit(log_sizes, bits, min(2, len(log_sizes) - 1))
     low, high = log_sizes[0], log_sizes[-1]
@@ -304,17 +310,20 @@ def best_log_size(log_sizes: Sequence[float], bits: Sequence[float]) -> float:
 def fit_best_size(rows: pd.DataFrame) -> dict[str, int]:
     """The best vocabulary size by `rows` of one budget and of the vocabularies to compare, at their chosen rates.
 
-    A parabola per seed gives an optimum in log2 of the size. Reported are the mean over seeds and its 95 % t interval,
-    clipped to the measured range; the whole range from one seed. `runs_best_at_edge` is 1 if the optimum of a seed is
-    an end of the range: the best size may then be outside, and the interval is too narrow. A vocabulary of which a run
-    diverged is left out; no entries if none is left.
+    A parabola per seed gives an optimum in log2 of the size. It is fitted to the size with the lowest mean and up to
+    FIT_SIZES on either side: further away the curve is no parabola. Reported are the mean over seeds and its 95 % t
+    interval, clipped to the measured range; the whole range from one seed. `runs_best_at_edge` is 1 if the optimum of a
+    seed is an end of the measured range: the best size may then be outside, and the interval is too narrow. A vocabulary
+    of which a run diverged is left out; no entries if none is left.
     """
     bits = rows.pivot(index="seed", columns="vocab_size", values="bits_per_byte")
     bits = bits.replace(math.inf, math.nan).dropna(axis="columns").sort_index(axis="columns")
     if bits.empty:
         return {}
     log_sizes = list(np.log2(bits.columns.to_numpy(int)))
-    best = np.array([best_log_size(log_sizes, list(values)) for values in bits.to_numpy()])
+    lowest = int(bits.mean().argmin())
+    near = slice(max(0, lowest - FIT_SIZES), lowest + FIT_SIZES + 1)
+    best = np.array([best_log_size(log_sizes[near], list(values[near])) for values in bits.to_numpy()])
     half = stats.t.ppf((1 + CONFIDENCE) / 2, len(best) - 1) * stats.sem(best) if len(best) > 1 else math.inf
     low, mean, high = 2 ** np.clip(best.mean() + np.array([-half, 0, half]), log_sizes[0], log_sizes[-1])
     return {
