@@ -313,8 +313,8 @@ def fit_best_size(rows: pd.DataFrame) -> dict[str, int]:
     A parabola per seed gives an optimum in log2 of the size. It is fitted to the size with the lowest mean and up to
     FIT_SIZES on either side: further away the curve is no parabola. Reported are the mean over seeds and its 95 % t
     interval, clipped to the measured range; the whole range from one seed. `runs_best_at_edge` is 1 if the optimum of a
-    seed is an end of the measured range: the best size may then be outside, and the interval is too narrow. A vocabulary
-    of which a run diverged is left out; no entries if none is left.
+    seed is an end of the measured range: the best size may then be outside, and the interval is too narrow. A
+    vocabulary of which a run diverged is left out; no entries if none is left.
     """
     bits = rows.pivot(index="seed", columns="vocab_size", values="bits_per_byte")
     bits = bits.replace(math.inf, math.nan).dropna(axis="columns").sort_index(axis="columns")

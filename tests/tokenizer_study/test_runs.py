@@ -80,19 +80,16 @@ def make_run(budget: float, name: str, seed: int, bits: float, **changed) -> Voc
 # Runs
 
 
-def test_runs_of_a_seed_begin_each_window_at_the_same_place_in_every_vocabulary(texts, encodings):
-    starts = []
+def test_runs_of_a_seed_begin_each_window_at_the_same_place_in_every_vocabulary(encodings):
+    # Every place is found by its text.
+    documents = [" ".join(f"word{i}x{j}" for j in range(60)) for i in range(100)]
+    whole, starts = "".join(documents), []
     for encoding in encodings:
-        text, places = texts[encoding.name], []
-        for window in paired_windows(text, 50, 16, seed=3).tolist():
-            at = next(i for i in range(len(text.ids) - 16) if text.ids[i : i + 17].tolist() == window)
-            places.append(len(encoding.decode(text.ids[:at].tolist()).replace("<|endoftext|>", "").encode()))
-        starts.append(np.array(places))
-    # In bytes, up to the interpolation within a document.
-    distance = np.abs(starts[0] - starts[1])
-    print(distance.max(), distance.mean(), np.ptp(starts[0]))
-    assert np.median(distance) < 50 and np.ptp(starts[0]) > 100_000
-    text = texts["bpe_300"]
+        text = encode_runs((documents, VALIDATION, TEST), GROUPS, encoding, make_config())
+        windows = [encoding.decode(window) for window in paired_windows(text, 80, 16, seed=3).tolist()]
+        starts.append([whole.index(window.replace("<|endoftext|>", "")) for window in windows])
+    small, large = np.array(starts)
+    assert np.abs(small - large).max() < 20 and np.ptp(small) > len(whole) / 2
     # A longer run of the seed goes on where the shorter one ends, another seed has another order.
     assert (paired_windows(text, 50, 16, 3) == paired_windows(text, 90, 16, 3)[:50]).all()
     assert (paired_windows(text, 50, 16, 3) != paired_windows(text, 50, 16, 4)).any()
