@@ -16,7 +16,7 @@ from gpt2.pipeline.files import write_csv, write_json
 from gpt2.prune.similarity_orders import SIMILAR_ORDERS
 from gpt2.prune.single_heads import COST_PREDICTORS, COST_SIMILARITIES, HeadCost
 from gpt2.report.document import TIMED_STAGES
-from gpt2.report.measures import PRUNED_RATES
+from gpt2.report.names import PRUNED_RATES
 from gpt2.report.results import Results
 
 NORMS = ("preln", "postln", "deepnorm")
@@ -47,6 +47,7 @@ def invent_run(root: Path, scale: str = "tiny", norm: str = "preln", n_layer: in
     _invent_tokenizer_study(root)
     _invent_heads(root, n_layer, n_head)
     _invent_pruning(root, n_layer * n_head)
+    _invent_replicates(root)
     for stage in set(TIMED_STAGES) - {"prune"}:
         write_json(root / f"metrics/speed/{stage}.json", {"seconds": 60.5, "peak_memory_gib": 0.75})
     write_json(
@@ -94,6 +95,19 @@ def _invent_training(root: Path) -> None:
         "benchmark_items_in_train": 0,
     }
     write_json(root / "metrics/tokens.json", tokens)
+
+
+def _invent_replicates(root: Path) -> None:
+    """The main model, whose figures are those of the metrics, and two replicates."""
+    figures = {
+        "seed": (1337, 1, 2),
+        "train.val_loss": (3.28, 3.30, 3.26),
+        "train.val_perplexity": (26.6, 27.1, 26.1),
+        "hellaswag.completion_acc_norm": (0.30, 0.29, 0.31),
+        "heads.redundant_pairs": (8, 6, 9),
+        "prune.perplexity_rise_percent_at_15": (3.1, 4.2, 2.9),
+    }
+    write_csv(root / "plots/replicates/models.csv", tuple(figures), zip(*figures.values(), strict=True))
 
 
 def _invent_layers(root: Path, n_layer: int) -> None:

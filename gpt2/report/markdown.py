@@ -1,13 +1,14 @@
-"""Numbers, tables and pages for people: Markdown, and the same as one HTML file without outside links."""
+"""Formatting of numbers, tables and literal text as Markdown, and Markdown as one self-contained HTML page."""
 
 import base64
 import math
 import re
-from collections.abc import Iterable, Sequence
-from numbers import Integral
+from collections.abc import Mapping
+from numbers import Integral, Real
 from pathlib import Path
 
 import markdown
+import pandas as pd
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --page: #fff; --line: #d0d7de; --shade: #f6f8fa; }
@@ -23,11 +24,15 @@ blockquote { margin: 1rem 0; padding: 0 1rem; border-left: 3px solid var(--line)
 img { max-width: 100%; background: #fff; border-radius: 4px; }
 """
 
+# A number, with an interval or a count: 4.209 ± 0.035 (5), +3.83 [+2.94, +4.88], 2.592 (2.5 to 2.7), n/a, –.
+_FIGURE = r"(n/a|to|of|[-+–±\d.,e \[\]()])*"
 
-def number(value: int | float) -> str:
-    """Four significant digits with thousands separators, whole numbers in full: 3.292, 50,257, 8.8e-04, n/a for NaN."""
+
+def number(value: float | Real) -> str:
+    """Four significant digits with thousands separators, integers in full: 3.292, 50,257, 8.8e-04, n/a for NaN."""
     if isinstance(value, Integral):
         return f"{value:,}"
+    value = float(value)
     if not math.isfinite(value):
         return "n/a"
     size = abs(value)
@@ -36,14 +41,22 @@ def number(value: int | float) -> str:
     return f"{value:#.4g}" if size >= 0.001 else f"{value:.1e}"
 
 
-def table(header: Sequence[str], rows: Iterable[Sequence[str]], align: str) -> str:
-    """A Markdown table; `align` has one letter per column, l or r. Bars and line ends in cells are made harmless."""
-    rules = {"l": ":--", "r": "--:"}
-    lines = [header, [rules[letter] for letter in align], *rows]
-    return "\n".join("| " + " | ".join(_cell(text) for text in line) + " |" for line in lines)
+def table(frame: pd.DataFrame, headings: Mapping[str, str] | None = None) -> str:
+    """A Markdown table of a frame, or of its columns in `headings` under these. Figures are right-aligned.
+
+    Numbers go through `number`. Strings are Markdown; bars and line ends are escaped.
+    """
+    if headings is not None:
+        frame = frame[list(headings)].rename(columns=headings)
+    cells = frame.astype(object).map(_cell)
+    align = ["right" if column.str.fullmatch(_FIGURE).all() else "left" for _, column in cells.items()]
+    head, rule, *rows = cells.to_markdown(index=False, disable_numparse=True, colalign=align).splitlines()
+    # Without padding, a changed cell changes one line of report.md.
+    return re.sub(" +", " ", "\n".join([head, re.sub("-+", "--", rule), *rows]))
 
 
-def _cell(text: str) -> str:
+def _cell(value: object) -> str:
+    text = number(value) if isinstance(value, Real) else str(value)
     return " ".join(text.split()).replace("|", "&#124;")
 
 
@@ -54,7 +67,7 @@ def literal(text: str) -> str:
 
 
 def to_html(text: str, title: str, folder: Path) -> str:
-    """A whole HTML page of Markdown `text`; images named relative to `folder` are embedded."""
+    """A whole HTML page of Markdown `text`, with the images, whose paths are relative to `folder`, embedded."""
     body = markdown.markdown(text, extensions=["tables"], output_format="html")
     body = re.sub(r'src="([^"]+\.png)"', lambda found: f'src="{_data_uri(folder / found[1])}"', body)
     return (

@@ -1,6 +1,5 @@
 """Figures of small, full and broken-off runs."""
 
-import numpy as np
 import pytest
 from matplotlib.image import imread
 
@@ -8,12 +7,12 @@ from gpt2.report.figures import (
     FIGURES,
     MAX_STEPS,
     TIMED_FIGURES,
-    draw_head_layers,
-    draw_head_nulls,
-    draw_heads,
-    draw_layers,
-    draw_loss,
-    draw_norm_study,
+    plot_head_nulls,
+    plot_heads,
+    plot_layers,
+    plot_loss,
+    plot_norm_study,
+    plot_replicates,
     write_figures,
 )
 from tests.invented_run import break_off, invent_run, load_weights
@@ -42,7 +41,7 @@ def test_runs_without_a_curve_are_drawn(tmp_path, change):
 
 def test_the_norm_study_has_panels_for_every_setting_with_the_entropy_among_the_losses(tmp_path):
     results = invent_run(tmp_path)
-    panels = draw_norm_study(results).axes
+    panels = plot_norm_study(results).axes
     assert [axes.get_title() for axes in panels] == 2 * ["learning rate 0.001", "learning rate 0.003", "", ""]
     labels = [
         f"{name}\n{steps} warm-up steps" for name in ("Training loss (nats)", "Gradient norm") for steps in (0, 10)
@@ -59,14 +58,14 @@ def test_norms_that_were_not_studied_are_not_drawn(tmp_path):
     results = invent_run(tmp_path)
     table = results.table("norm_study/runs.csv", [])
     table[table["norm"] != "deepnorm"].to_csv(tmp_path / "plots/norm_study/runs.csv", index=False)
-    _, labels = draw_norm_study(results).axes[0].get_legend_handles_labels()
+    _, labels = plot_norm_study(results).axes[0].get_legend_handles_labels()
     assert labels == ["preln", "postln", "unigram entropy"]
 
 
 def test_runs_of_the_norm_study_that_diverged_are_marked_where_they_did(tmp_path):
     results = invent_run(tmp_path)
     break_off(tmp_path)
-    panels = draw_norm_study(results).axes
+    panels = plot_norm_study(results).axes
     assert "diverged" in panels[0].get_legend_handles_labels()[1]
     for axes in panels:
         marks = [line.get_xdata() for line in axes.lines if line.get_marker() == "x" and len(line.get_xdata())]
@@ -78,42 +77,42 @@ def test_a_norm_study_in_which_every_run_diverged_at_once_is_drawn(tmp_path):
     folder = tmp_path / "plots/norm_study"
     results.table("norm_study/runs.csv", []).assign(diverged=1, diverged_at_step=0).to_csv(folder / "runs.csv")
     results.table("norm_study/curves.csv", []).head(0).to_csv(folder / "curves.csv")
-    for axes in draw_norm_study(results).axes:
+    for axes in plot_norm_study(results).axes:
         assert sum(line.get_marker() == "x" and len(line.get_xdata()) for line in axes.lines) == 6
 
 
 def test_layers_are_drawn_at_the_first_the_last_and_some_steps_between(tmp_path):
-    panels = draw_layers(invent_run(tmp_path)).axes
+    panels = plot_layers(invent_run(tmp_path)).axes
     for axes in panels:
         labels = [line.get_label() for line in axes.lines]
         assert len(labels) == MAX_STEPS and (labels[0], labels[-1]) == ("step 0", "step 250")
         assert [text.get_text() for text in axes.get_xticklabels()] == ["emb.", "0", "1", "2", "3"]
 
 
-@pytest.mark.parametrize(("n_layer", "n_head"), [(2, 2), (4, 8), (5, 3), (12, 12)])
-def test_all_heads_are_in_one_picture_and_in_one_of_each_layer(tmp_path, n_layer, n_head):
-    results = invent_run(tmp_path, n_layer=n_layer, n_head=n_head)
-    whole, _ = draw_heads(results).axes
-    matrix = whole.images[0].get_array()
-    assert matrix.shape == (n_layer * n_head, n_layer * n_head)
+@pytest.mark.parametrize(("n_layer", "n_head"), [(2, 2), (5, 3), (12, 12)])
+def test_all_heads_are_in_one_picture(tmp_path, n_layer, n_head):
+    whole, _ = plot_heads(invent_run(tmp_path, n_layer=n_layer, n_head=n_head)).axes
+    assert whole.images[0].get_array().shape == (n_layer * n_head, n_layer * n_head)
     boundaries = [line.get_ydata()[0] for line in whole.lines[::2]]
     assert boundaries == [n_head * layer - 0.5 for layer in range(1, n_layer)]
-    panels = [axes for axes in draw_head_layers(results).axes if axes.images and axes.get_title()]
-    assert [axes.get_title() for axes in panels] == [f"layer {layer}" for layer in range(n_layer)]
-    pairs = results.table("head_similarity/pairs.csv", [])
-    for layer, axes in enumerate(panels):
-        drawn, here = axes.images[0].get_array(), slice(n_head * layer, n_head * (layer + 1))
-        above, below = np.triu_indices(n_head, 1), np.tril_indices(n_head, -1)
-        np.testing.assert_allclose(drawn[above], matrix[here, here][above])
-        shuffled = pairs[pairs["layer"] == layer].set_index(["head_b", "head_a"])["shuffled"].sort_index()
-        np.testing.assert_allclose(drawn[below], shuffled)
-        marked = sum(len(line.get_xdata()) for line in axes.lines)
-        assert marked == (drawn.filled(0) > 0.85).sum()
 
 
-def test_heads_are_drawn_beside_their_nulls_with_all_thresholds(tmp_path):
+@pytest.mark.parametrize("count", [1, 2, 3])
+def test_every_model_is_a_point_next_to_the_interval_of_the_mean(tmp_path, count):
     results = invent_run(tmp_path)
-    for axes, end in zip(draw_head_nulls(results).axes, ("", "_nosink"), strict=True):
+    models = results.table("replicates/models.csv", []).head(count)
+    models.to_csv(tmp_path / "plots/replicates/models.csv", index=False)
+    panels = [axes for axes in plot_replicates(results).axes if axes.get_visible()]
+    metrics = models.columns.drop("seed")
+    assert [axes.get_title() for axes in panels] == [metric.replace(".", "\n") for metric in metrics]
+    for axes, metric in zip(panels, metrics, strict=True):
+        points = [y for line in axes.lines if line.get_marker() == "o" for y in line.get_ydata()]
+        assert points == models[metric].tolist() and len(axes.collections) == (count > 1)
+
+
+def test_heads_are_drawn_next_to_their_nulls_with_all_thresholds(tmp_path):
+    results = invent_run(tmp_path)
+    for axes, end in zip(plot_head_nulls(results).axes, ("", "_nosink"), strict=True):
         levels = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0, 1]]
         thresholds = [results.value(f"heads.{null}_threshold{end}") for null in ("shuffled", "untrained")]
         assert levels == [*thresholds, 0.85]
@@ -122,5 +121,5 @@ def test_heads_are_drawn_beside_their_nulls_with_all_thresholds(tmp_path):
 
 
 def test_the_loss_is_drawn_with_the_unigram_entropy(tmp_path):
-    (axes,) = draw_loss(invent_run(tmp_path)).axes
+    (axes,) = plot_loss(invent_run(tmp_path)).axes
     assert 7.1 in [line.get_ydata()[0] for line in axes.lines if "unigram entropy" in line.get_label()]

@@ -1,0 +1,58 @@
+"""Curves of the studies with derived columns, as sections and figures use them, and statistics of the replicates."""
+
+import math
+
+import pandas as pd
+from scipy import stats
+
+from gpt2.report.markdown import number
+from gpt2.report.names import GPT2_VOCABULARY, WORD_GROUPS
+from gpt2.report.results import Results
+
+
+def load_vocabularies(results: Results) -> pd.DataFrame:
+    """The vocabularies of the tokenizer study, smallest first; `own` is False for GPT-2's."""
+    columns = [
+        "name",
+        "vocab_size",
+        "bytes_per_token",
+        "flops_per_byte",
+        *(f"{g}_tokens_per_word" for g in WORD_GROUPS),
+    ]
+    table = results.table("tokenizer/vocabularies.csv", columns).sort_values("vocab_size", ignore_index=True)
+    return table.assign(own=table["name"] != GPT2_VOCABULARY, mflops_per_byte=table["flops_per_byte"] / 1e6)
+
+
+def load_vocabulary_runs(results: Results) -> pd.DataFrame:
+    """The small models of the tokenizer study, a row per budget and vocabulary, smallest first.
+
+    `own` is False for GPT-2's vocabulary. Bits per byte are NaN where a run diverged.
+    """
+    bits = [f"{part}bits_per_byte{end}" for part in ("", "rare_") for end in ("", "_low", "_high")]
+    even = ["even_bits_per_byte", "rare_even_bits_per_byte"]
+    columns = ["budget", "name", "vocab_size", "seeds", "steps", "bytes", *bits, *even]
+    table = results.table("tokenizer/runs_table.csv", columns).sort_values(["budget", "vocab_size"], ignore_index=True)
+    return table.assign(own=table["name"] != GPT2_VOCABULARY)
+
+
+def load_models(results: Results) -> pd.DataFrame:
+    """Figures of the main model, in the first row, and of its replicates: a column per metric."""
+    return results.table("replicates/models.csv", ["seed"]).drop(columns="seed").select_dtypes("number")
+
+
+def t_interval(values: pd.Series) -> tuple[float, float]:
+    """95 % t interval of the mean; NaN for fewer than two values."""
+    known = values.dropna().to_numpy(float)
+    if len(known) < 2:
+        return math.nan, math.nan
+    low, high = stats.t.interval(0.95, len(known) - 1, known.mean(), stats.sem(known))
+    return float(low), float(high)
+
+
+def write_spread(values: pd.Series) -> str:
+    """Mean ± standard deviation (n), rounded to two digits of the deviation: 4.209 ± 0.035 (5)."""
+    mean, deviation, count = values.mean(), values.std(), values.count()
+    if not deviation > 0:
+        return f"{number(mean)} ± {number(deviation)} ({count})"
+    decimals = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f} ({count})"
