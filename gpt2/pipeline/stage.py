@@ -102,12 +102,13 @@ def peak_memory_gib() -> float:
 
 
 def _source_hashes() -> dict[str, str]:
-    """Digest of every imported module of this repository, by relative path."""
+    """Digest of every imported module of this repository and of the templates next to it, by relative path."""
     root = Path(__file__).resolve().parents[2]
     guarded = (root / "gpt2", root / "stages")
     hashes = {}
     for module in list(sys.modules.values()):
         source = Path(getattr(module, "__file__", None) or "")
         if source.suffix == ".py" and any(source.is_relative_to(folder) for folder in guarded):
-            hashes[str(source.relative_to(root))] = hashlib.sha256(source.read_bytes()).hexdigest()
+            for path in (source, *source.parent.glob("*.j2")):
+                hashes[str(path.relative_to(root))] = hashlib.sha256(path.read_bytes()).hexdigest()
     return hashes
