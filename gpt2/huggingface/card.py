@@ -5,6 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import pandas as pd
 from jinja2 import Environment
 from ruamel.yaml import YAML, YAMLError
 
@@ -85,4 +86,4 @@ def _tabulate(metrics: Mapping[str, Mapping[str, Any]], figures: Mapping[str, st
         if field in (values := metrics.get(file, {})):
             error = f" ± {number(values[f'{field}_stderr'])}" if f"{field}_stderr" in values else ""
             rows.append((label, f"{number(values[field])}{error}", f"`metrics/{file}.json: {field}`"))
-    return table(("Figure", "Value", "From"), rows, "lrl") if rows else ""
+    return table(pd.DataFrame(rows, columns=["Figure", "Value", "From"])) if rows else ""
