@@ -2,7 +2,7 @@
 
 import itertools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,6 +32,7 @@ from gpt2.report.panels import (
 )
 from gpt2.report.results import Results
 
+Drawings = dict[str, Callable[[Results], Figure]]
 NORM_COLOURS = {"preln": "#0072b2", "postln": "#d55e00", "deepnorm": GREEN}
 NULL_COLOURS = {"shuffled": ("shuffled tokens", RED), "untrained": ("untrained model", GREY)}
 GROUP_COLOURS = dict(zip(names.WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=True))
@@ -49,9 +50,7 @@ HELLASWAG_CHANCE = 0.25
 RISES = (-50, -20, -10, 0, 5, 10, 20, 50, 100, 200, 500, 1_000, 10_000, 100_000)
 
 
-def write_figures(
-    results: Results, folder: Path, drawings: Mapping[str, Callable[[Results], Figure]]
-) -> dict[str, Path]:
+def write_figures(results: Results, folder: Path, drawings: Drawings) -> dict[str, Path]:
     """Draw FIGURES or TIMED_FIGURES into `folder`; returns their paths by name.
 
     Raises UserError if a file, key or column is missing.
@@ -125,12 +124,11 @@ def plot_replicates(results: Results) -> Figure:
     models, style = load_models(results), dict[str, Any](color=NORM_COLOURS[results.norm], markersize=5)
     rows = math.ceil(len(models.columns) / 4)
     figure, panels = make_panels(4, 0.5 + 1.9 * rows, rows)
-    for axes, metric in zip(panels, models, strict=False):
-        values = models[metric]
+    for axes, (metric, values) in zip(panels, models.items(), strict=False):
         # A fixed jitter separates equal values.
         places = 0.12 * np.sin(2.4 * np.arange(len(values))) - 0.25
         axes.plot(places[:1], values[:1], "o", label="main model", **style)
-        if len(values) > 1:
+        if values.count() > 1:
             axes.plot(places[1:], values[1:], "o", markerfacecolor="none", label="replicates", **style)
             axes.vlines(0.25, *t_interval(values), color=INK, linewidth=1.5)
             axes.plot(0.25, values.mean(), "_", color=INK, markersize=14, label="mean and 95 % interval")
@@ -152,14 +150,11 @@ def plot_norm_study(results: Results) -> Figure:
     losses, gradients = np.array(panels).reshape(2, len(warmups), len(max_lrs))
     for (i, warmup), (j, max_lr) in itertools.product(enumerate(warmups), enumerate(max_lrs)):
         here = runs[(runs["max_lr"] == max_lr) & (runs["warmup_steps"] == warmup)]
-        for axes, column, label in (
-            (losses[i, j], "loss", "Training loss (nats)"),
-            (gradients[i, j], "grad_norm", "Gradient norm"),
-        ):
-            _draw_runs(axes, here, curves, column)
-            axes.set_title(f"learning rate {max_lr:g}" if i == 0 else "", size=8)
-            axes.set(xlabel="Step", ylabel=f"{label}\n{warmup:,} warm-up steps")
-            axes.label_outer()
+        for grid, column, label in ((losses, "loss", "Loss (nats)"), (gradients, "grad_norm", "Gradient norm")):
+            _draw_runs(grid[i, j], here, curves, column)
+            grid[i, j].set_title(f"learning rate {max_lr:g}" if i == 0 else "", size=8)
+            grid[i, j].set(xlabel="Step", ylabel=f"{label}\n{warmup:,} warm-up steps")
+            grid[i, j].label_outer()
     for norm in runs["norm"].unique():
         panels[0].plot([], [], color=NORM_COLOURS[norm], label=norm)
     if (runs["diverged_at_step"] >= 0).any():
@@ -391,7 +386,7 @@ def plot_prune_speed(results: Results) -> Figure:
     return figure
 
 
-FIGURES: dict[str, Callable[[Results], Figure]] = {
+FIGURES: Drawings = {
     draw.__name__.removeprefix("plot_"): draw
     for draw in (
         *(plot_replicates, plot_loss, plot_benchmark, plot_layers, plot_norm_study, plot_tokenizer, plot_bands),
@@ -399,4 +394,4 @@ FIGURES: dict[str, Callable[[Results], Figure]] = {
     )
 }
 # Drawn from measured times, which no second run repeats.
-TIMED_FIGURES: dict[str, Callable[[Results], Figure]] = {"prune_speed": plot_prune_speed}
+TIMED_FIGURES: Drawings = {"prune_speed": plot_prune_speed}

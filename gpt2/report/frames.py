@@ -41,18 +41,21 @@ def load_models(results: Results) -> pd.DataFrame:
 
 
 def t_interval(values: pd.Series) -> tuple[float, float]:
-    """95 % t interval of the mean; NaN for fewer than two values."""
+    """95 % t interval of the mean of two or more values."""
     known = values.dropna().to_numpy(float)
-    if len(known) < 2:
-        return math.nan, math.nan
     low, high = stats.t.interval(0.95, len(known) - 1, known.mean(), stats.sem(known))
     return float(low), float(high)
 
 
 def write_spread(values: pd.Series) -> str:
-    """Mean ± standard deviation (n), rounded to two digits of the deviation: 4.209 ± 0.035 (5)."""
+    """Mean ± standard deviation (n), rounded to two digits of the deviation: 4.209 ± 0.035 (5); – for one value."""
     mean, deviation, count = values.mean(), values.std(), values.count()
-    if not deviation > 0:
-        return f"{number(mean)} ± {number(deviation)} ({count})"
-    decimals = max(0, 1 - math.floor(math.log10(deviation)))
+    if count < 2:
+        return "–"
+    decimals = max(0, 1 - math.floor(math.log10(deviation))) if deviation else 0
     return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f} ({count})"
+
+
+def write_interval(values: pd.Series) -> str:
+    """The 95 % t interval of the mean; – for one value."""
+    return "–" if values.count() < 2 else " to ".join(map(number, t_interval(values)))

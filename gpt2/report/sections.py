@@ -5,7 +5,7 @@ from importlib.metadata import version
 
 import pandas as pd
 
-from gpt2.report.frames import load_models, load_vocabularies, load_vocabulary_runs, t_interval, write_spread
+from gpt2.report.frames import load_models, load_vocabularies, load_vocabulary_runs, write_interval, write_spread
 from gpt2.report.markdown import literal, number
 from gpt2.report.names import CRITERIA, PRUNED_RATES, REPAIRED, SIMILARITIES, pruning_prefix, split_pruning
 from gpt2.report.results import Results
@@ -16,10 +16,10 @@ PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "pyarrow")
 def tabulate_replicates(results: Results) -> pd.DataFrame:
     """Spread of the headline figures over models that differ in their seed: a row per metric."""
     models = load_models(results)
-    rows = []
-    for metric in models:
-        interval = " to ".join(map(number, t_interval(models[metric])))
-        rows.append((f"`{metric}`", number(models[metric].iloc[0]), write_spread(models[metric]), interval))
+    rows = [
+        (f"`{metric}`", number(values.iloc[0]), write_spread(values), write_interval(values))
+        for metric, values in models.items()
+    ]
     return pd.DataFrame(rows, columns=["Metric", "This run", "Mean ± SD (n)", "95 % interval of the mean"])
 
 
@@ -84,7 +84,7 @@ def tabulate_savings(results: Results) -> pd.Series:
     return 100 * (1 - frontier.loc[results.value("prune.heads_removed_at_15")] / frontier.iloc[0])
 
 
-def tabulate_similarities(results: Results) -> pd.DataFrame:
+def rank_similarities(results: Results) -> pd.DataFrame:
     """Cost of 15 % of the heads by each similarity, the lowest first, and the prefix of its metrics."""
     columns = [
         "order",

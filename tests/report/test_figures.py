@@ -43,9 +43,7 @@ def test_the_norm_study_has_panels_for_every_setting_with_the_entropy_among_the_
     results = invent_run(tmp_path)
     panels = plot_norm_study(results).axes
     assert [axes.get_title() for axes in panels] == 2 * ["learning rate 0.001", "learning rate 0.003", "", ""]
-    labels = [
-        f"{name}\n{steps} warm-up steps" for name in ("Training loss (nats)", "Gradient norm") for steps in (0, 10)
-    ]
+    labels = [f"{name}\n{steps} warm-up steps" for name in ("Loss (nats)", "Gradient norm") for steps in (0, 10)]
     assert [axes.get_ylabel() for axes in panels[::2]] == labels
     for i, axes in enumerate(panels):
         levels = [line.get_ydata()[0] for line in axes.lines if line.get_label() == "unigram entropy"]

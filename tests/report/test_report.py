@@ -18,7 +18,7 @@ from gpt2.report import sections
 from gpt2.report.claims import CLAIMS, TIMED_CLAIM
 from gpt2.report.document import count_verdicts, write_report
 from gpt2.report.figures import FIGURES, TIMED_FIGURES
-from gpt2.report.frames import t_interval, write_spread
+from gpt2.report.frames import t_interval, write_interval, write_spread
 from gpt2.report.markdown import literal, number, table, to_html
 from gpt2.report.results import stage_of
 from stages import report
@@ -142,10 +142,10 @@ def test_replicates_have_mean_deviation_and_interval(tmp_path):
 def test_spread_and_interval_are_those_of_the_sample():
     # t of 2 degrees of freedom at 97.5 % is 4.3027.
     assert t_interval(pd.Series([1.0, 2.0, 3.0])) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
-    assert np.isnan(t_interval(pd.Series([1.0, math.nan]))).all()
     assert write_spread(pd.Series([4.17, 4.20, 4.25])) == "4.207 ± 0.040 (3)"
     assert write_spread(pd.Series([1000, 3000])) == "2,000 ± 1,414 (2)"
-    assert write_spread(pd.Series([5, 5, 5])) == "5.000 ± 0 (3)"
+    assert write_spread(pd.Series([5, 5, 5])) == "5 ± 0 (3)"
+    assert write_spread(pd.Series([1.0, math.nan])) == write_interval(pd.Series([1.0, math.nan])) == "–"
 
 
 def test_the_norm_study_counts_runs_that_learned_at_each_setting(tmp_path):
