@@ -12,7 +12,7 @@ from gpt2.report import sections
 from gpt2.report.claims import CLAIMS, TIMED_CLAIM, Row, judge
 from gpt2.report.frames import load_models, load_vocabularies, write_spread
 from gpt2.report.markdown import literal, number, table
-from gpt2.report.names import PREDICTORS, WORD_GROUPS
+from gpt2.report.names import PREDICTORS
 from gpt2.report.results import Results
 
 VERDICTS = ("passed", "failed", "undecided", "untested", "by construction")
@@ -52,7 +52,6 @@ def write_report(results: Results, figures: Mapping[str, str]) -> str:
         timed_stages=TIMED_STAGES,
         python=platform.python_version(),
         predictors=PREDICTORS,
-        word_groups=WORD_GROUPS,
         vocabularies=load_vocabularies(results),
         verdicts=count_verdicts(rows),
         claims=tabulate_claims(rows),
