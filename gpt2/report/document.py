@@ -14,21 +14,33 @@ from gpt2.report.frames import load_models, load_vocabularies, write_spread
 from gpt2.report.markdown import literal, number, table
 from gpt2.report.names import PREDICTORS
 from gpt2.report.results import Results
+from gpt2.report.verdicts import VERDICTS
 
-VERDICTS = ("passed", "failed", "undecided", "untested", "by construction")
 TIMED_STAGES = (
     *("prepare", "benchmark", "tokenize", "tokenizer_study", "norm_study"),
-    *("train", "hellaswag", "generate", "head_similarity", "prune"),
+    *("train", "hellaswag", "generate", "head_similarity", "prune", "replicates"),
 )
 
 
-def write_report(results: Results, figures: Mapping[str, str]) -> str:
-    """The report as Markdown; `figures` gives the link of each figure by name.
+def judge_claims(results: Results) -> list[Row]:
+    """Every claim with its verdict, but for the one on measured time."""
+    return [judge(claim, results) for claim in CLAIMS]
+
+
+def summarise_claims(rows: Sequence[Row]) -> dict[str, int | str]:
+    """Figures of metrics/summary.json: the number of claims by verdict, and verdict_<key> of each claim."""
+    counts = {
+        f"claims_{verdict.replace(' ', '_')}": sum(row.verdict == verdict for row in rows) for verdict in VERDICTS
+    }
+    return counts | {f"verdict_{row.claim.key}": row.verdict for row in rows}
+
+
+def write_report(results: Results, rows: Sequence[Row], figures: Mapping[str, str]) -> str:
+    """The report as Markdown; `figures` gives the link of each figure by name, `rows` are of judge_claims.
 
     All but the last section depends on metrics and curves alone, the last on measured times. Raises UserError naming
     file and key if a metric, column or file is missing.
     """
-    rows = [judge(claim, results) for claim in CLAIMS]
     models = load_models(results)
 
     def interval(metric: str) -> str:

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+import textwrap
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,7 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from gpt2.pipeline.files import atomic_path
 from gpt2.report import names
-from gpt2.report.frames import load_models, load_vocabularies, load_vocabulary_runs, t_interval
+from gpt2.report.frames import load_models, load_vocabularies, load_vocabulary_runs
 from gpt2.report.names import CRITERIA, REPAIRED, REPAIRS, SIMILARITIES, split_pruning
 from gpt2.report.panels import (
     GREEN,
@@ -31,19 +32,19 @@ from gpt2.report.panels import (
     scale_vocabulary,
 )
 from gpt2.report.results import Results
+from gpt2.report.verdicts import mean_interval
 
 Drawings = dict[str, Callable[[Results], Figure]]
 NORM_COLOURS = {"preln": "#0072b2", "postln": "#d55e00", "deepnorm": GREEN}
 NULL_COLOURS = {"shuffled": ("shuffled tokens", RED), "untrained": ("untrained model", GREY)}
 GROUP_COLOURS = dict(zip(names.WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=True))
 CRITERION_COLOURS = dict(zip(CRITERIA, (RED, "#e69f00", "#d55e00", "#56b4e9", GREY, GREEN), strict=True))
-SIMILARITY_COLOURS = (
-    *("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee"),
-    *("#882255", "#44aa99", "#999933", "#aa4499", "#6f6f6f"),
-)
+SIMILARITY_COLOURS = (*("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee", "#882255"),)
 MARKERS = "os^Dv*"
-REPAIR_LINES = dict(zip(("none", *REPAIRS.values()), ("-", "-", "-.", ":", "--"), strict=True))
-RUN = ["norm", "max_lr", "warmup_steps", "seed"]  # identifies a run of the norm study
+REPAIR_LINES: dict[str, Any] = dict(
+    zip(("none", *REPAIRS.values()), ("-", "-", "-.", ":", "--", (0, (1, 3))), strict=True)
+)
+RUN = ["arm", "norm", "max_lr", "warmup_steps", "seed"]  # identifies a run of the norm study
 MAX_STEPS = 6  # lines per panel that are still told apart
 MAX_RISE_PERCENT = 5
 HELLASWAG_CHANCE = 0.25
@@ -130,9 +131,9 @@ def plot_replicates(results: Results) -> Figure:
         axes.plot(places[:1], values[:1], "o", label="main model", **style)
         if values.count() > 1:
             axes.plot(places[1:], values[1:], "o", markerfacecolor="none", label="replicates", **style)
-            axes.vlines(0.25, *t_interval(values), color=INK, linewidth=1.5)
+            axes.vlines(0.25, *mean_interval(values.dropna().tolist()), color=INK, linewidth=1.5)
             axes.plot(0.25, values.mean(), "_", color=INK, markersize=14, label="mean and 95 % interval")
-        axes.set_title(str(metric).replace(".", "\n"), size=7)
+        axes.set_title("\n".join(textwrap.wrap(names.HEADLINES[str(metric)], 26)), size=7)
         axes.set(xlim=(-0.6, 0.6), xticks=[])
     for axes in panels[len(models.columns) :]:
         axes.set_visible(False)
@@ -141,9 +142,12 @@ def plot_replicates(results: Results) -> Figure:
 
 
 def plot_norm_study(results: Results) -> Figure:
-    """Loss and gradient norm of every run, faint, with running medians: a column per rate, a row per warm-up."""
+    """Loss and gradient norm of every run of the main arm, faint, with running medians: a column per rate, a row per
+    warm-up."""
     runs = results.table("norm_study/runs.csv", [*RUN, "diverged_at_step"])
+    runs = runs[runs["arm"] == names.MAIN_ARM]
     curves = results.table("norm_study/curves.csv", [*RUN, "step", "loss", "grad_norm"], may_be_empty=True)
+    curves = curves[curves["arm"] == names.MAIN_ARM]
     entropy = results.value("norm_study.unigram_entropy")
     max_lrs, warmups = (sorted(runs[name].unique()) for name in ("max_lr", "warmup_steps"))
     figure, panels = make_panels(len(max_lrs), 2.9 * len(warmups) + 0.6, rows=2 * len(warmups))
@@ -183,6 +187,24 @@ def _draw_runs(axes: Axes, runs: pd.DataFrame, curves: pd.DataFrame, column: str
     diverged = runs[runs["diverged_at_step"] >= 0]
     for norm, step in zip(diverged["norm"], diverged["diverged_at_step"], strict=True):
         axes.plot(step, 0.95, "x", color=NORM_COLOURS[norm], transform=axes.get_xaxis_transform())
+
+
+def plot_norm_stalls(results: Results) -> Figure:
+    """Cosine between tokens and ratio of the gradients of first and last block at the end of each run, a panel per arm."""
+    columns = ["token_cosine", "grad_ratio", "stalled", "diverged"]
+    runs = results.table("norm_study/runs.csv", ["arm", "norm", *columns])
+    arms = runs["arm"].unique()
+    figure, panels = make_panels(len(arms), 3.2)
+    for axes, arm in zip(panels, arms, strict=True):
+        for norm, rows in runs[runs["arm"] == arm].groupby("norm", sort=False):
+            colour, lost = NORM_COLOURS[str(norm)], (rows["stalled"] > 0) | (rows["diverged"] > 0)
+            for marker, part, name in (("o", rows[~lost], norm), ("x", rows[lost], None)):
+                axes.plot(part["token_cosine"], part["grad_ratio"], marker, color=colour, markersize=5, label=name)
+        axes.set(title=names.ARMS.get(arm, arm), xlabel="Cosine between tokens", xlim=(-0.05, 1.05), yscale="log")
+    panels[0].set_ylabel("Gradient, first over last block")
+    panels[0].plot([], [], "x", color=INK, label="stalled or diverged")
+    draw_legend(figure, panels[:1])
+    return figure
 
 
 def plot_tokenizer(results: Results) -> Figure:
@@ -267,9 +289,9 @@ def plot_heads(results: Results) -> Figure:
 
 
 def plot_head_nulls(results: Results) -> Figure:
-    """Cosines of all pairs by layer, of the model and its null models, with and without the first key."""
-    ends = {"": "all keys", "_nosink": "without the first key"}
-    columns = ["similarity", "nosink", *(f"{null}{end}" for null in NULL_COLOURS for end in ends)]
+    """Cosines of all pairs by layer, of the model and its null models, of raw and of centred patterns."""
+    ends = {"": "raw patterns", "_centred": "centred patterns"}
+    columns = ["similarity", "centred", *(f"{null}{end}" for null in NULL_COLOURS for end in ends)]
     pairs = results.table("head_similarity/pairs.csv", ["layer", *columns])
     figure, panels = make_panels(2, 3.9)
     for axes, (end, title) in zip(panels, ends.items(), strict=True):
@@ -283,11 +305,12 @@ def plot_head_nulls(results: Results) -> Figure:
             axes.hlines(means, means.index + place - 0.11, means.index + place + 0.11, color=INK, linewidth=1.2)
             axes.plot([], [], "o", color=colour, markersize=4, label=name)
         for null, (name, colour) in NULL_COLOURS.items():
-            level = results.value(f"heads.{null}_threshold{end}")
+            level = results.value(f"heads.{null}{end}_threshold")
             draw_level(axes, level, f"null threshold, {name}", ":", colour)
         axes.plot([], [], "_", color=INK, markersize=9, label="mean of a layer")
-        draw_level(axes, results.value("heads.threshold"), "threshold of the reference")
-        axes.set(title=title, xlabel="Layer", xticks=pairs["layer"].unique(), ylim=(0, 1.04))
+        if not end:
+            draw_level(axes, results.value("heads.threshold"), "threshold of the reference")
+        axes.set(title=title, xlabel="Layer", xticks=pairs["layer"].unique())
     panels[0].set_ylabel("Cosine similarity of two heads of a layer")
     draw_legend(figure, panels[:1], columns=4)
     return figure
@@ -303,9 +326,9 @@ def plot_prune(results: Results) -> Figure:
     for axes, columns in zip(panels, (CRITERIA, REPAIRED), strict=True):
         for column in columns:
             criterion, repair = split_pruning(column)
-            form = MARKERS[list(CRITERIA).index(criterion)] + REPAIR_LINES[repair]
-            label = CRITERIA[criterion] if repair == "none" else None
-            axes.plot(removed, rise[column], form, color=CRITERION_COLOURS[criterion], markersize=4, label=label)
+            style: dict[str, Any] = {"color": CRITERION_COLOURS[criterion], "linestyle": REPAIR_LINES[repair]}
+            style |= {"marker": MARKERS[list(CRITERIA).index(criterion)], "markersize": 4}
+            axes.plot(removed, rise[column], label=CRITERIA[criterion] if repair == "none" else None, **style)
             if criterion == "random":
                 low, high = rise[f"{column}_low"], rise[f"{column}_high"]
                 axes.fill_between(removed, low, high, color=GREY, alpha=0.2, linewidth=0)
@@ -316,7 +339,7 @@ def plot_prune(results: Results) -> Figure:
         axes.set_ylim(min(-1, 1.2 * np.nanmin(rise)), max(12, 1.2 * np.nanmax(rise)))
         axes.set(title="without repair" if columns is CRITERIA else "with repair", xlabel="Heads removed (%)")
     for repair in REPAIRS.values():
-        panels[1].plot([], [], REPAIR_LINES[repair], color=INK, label=repair)
+        panels[1].plot([], [], linestyle=REPAIR_LINES[repair], color=INK, label=repair)
     panels[0].set_ylabel("Rise of perplexity (%)")
     draw_legend(figure, panels, columns=5)
     return figure
@@ -389,8 +412,16 @@ def plot_prune_speed(results: Results) -> Figure:
 FIGURES: Drawings = {
     draw.__name__.removeprefix("plot_"): draw
     for draw in (
-        *(plot_replicates, plot_loss, plot_benchmark, plot_layers, plot_norm_study, plot_tokenizer, plot_bands),
-        *(plot_vocabulary_runs, plot_heads, plot_head_nulls, plot_prunability, plot_prune, plot_similarities),
+        *(plot_replicates, plot_loss, plot_benchmark, plot_layers, plot_norm_study, plot_norm_stalls, plot_tokenizer),
+        *(
+            plot_bands,
+            plot_vocabulary_runs,
+            plot_heads,
+            plot_head_nulls,
+            plot_prunability,
+            plot_prune,
+            plot_similarities,
+        ),
     )
 }
 # Drawn from measured times, which no second run repeats.

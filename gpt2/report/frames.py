@@ -3,11 +3,11 @@
 import math
 
 import pandas as pd
-from scipy import stats
 
 from gpt2.report.markdown import number
-from gpt2.report.names import GPT2_VOCABULARY, WORD_GROUPS
-from gpt2.report.results import Results
+from gpt2.report.names import GPT2_VOCABULARY, HEADLINES, WORD_GROUPS
+from gpt2.report.results import MODELS, Results
+from gpt2.report.verdicts import mean_interval
 
 
 def load_vocabularies(results: Results) -> pd.DataFrame:
@@ -36,15 +36,8 @@ def load_vocabulary_runs(results: Results) -> pd.DataFrame:
 
 
 def load_models(results: Results) -> pd.DataFrame:
-    """Figures of the main model, in the first row, and of its replicates: a column per metric."""
-    return results.table("replicates/models.csv", ["seed"]).drop(columns="seed").select_dtypes("number")
-
-
-def t_interval(values: pd.Series) -> tuple[float, float]:
-    """95 % t interval of the mean of two or more values."""
-    known = values.dropna().to_numpy(float)
-    low, high = stats.t.interval(0.95, len(known) - 1, known.mean(), stats.sem(known))
-    return float(low), float(high)
+    """The HEADLINES of the main model, in the first row, and of its replicates: a column per metric."""
+    return results.table(MODELS, [*HEADLINES])[[*HEADLINES]]
 
 
 def write_spread(values: pd.Series) -> str:
@@ -58,4 +51,4 @@ def write_spread(values: pd.Series) -> str:
 
 def write_interval(values: pd.Series) -> str:
     """The 95 % t interval of the mean; – for one value."""
-    return "–" if values.count() < 2 else " to ".join(map(number, t_interval(values)))
+    return "–" if values.count() < 2 else " to ".join(map(number, mean_interval(values.dropna().tolist())))

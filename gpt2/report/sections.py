@@ -7,7 +7,16 @@ import pandas as pd
 
 from gpt2.report.frames import load_models, load_vocabularies, load_vocabulary_runs, write_interval, write_spread
 from gpt2.report.markdown import literal, number
-from gpt2.report.names import CRITERIA, PRUNED_RATES, REPAIRED, SIMILARITIES, pruning_prefix, split_pruning
+from gpt2.report.names import (
+    ARMS,
+    CRITERIA,
+    HEADLINES,
+    PRUNED_RATES,
+    REPAIRED,
+    SIMILARITIES,
+    pruning_prefix,
+    split_pruning,
+)
 from gpt2.report.results import Results
 
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "pyarrow")
@@ -17,28 +26,34 @@ def tabulate_replicates(results: Results) -> pd.DataFrame:
     """Spread of the headline figures over models that differ in their seed: a row per metric."""
     models = load_models(results)
     rows = [
-        (f"`{metric}`", number(values.iloc[0]), write_spread(values), write_interval(values))
+        (HEADLINES[str(metric)], number(values.iloc[0]), write_spread(values), write_interval(values), f"`{metric}`")
         for metric, values in models.items()
     ]
-    return pd.DataFrame(rows, columns=["Metric", "This run", "Mean ± SD (n)", "95 % interval of the mean"])
+    columns = ["Figure", "Main model", "Mean ± SD (n)", "95 % interval of the mean", "Metric"]
+    return pd.DataFrame(rows, columns=columns)
 
 
 def summarise_norms(results: Results) -> pd.DataFrame:
-    """Mean loss and number of runs that learned: a row per learning rate and warm-up, a column per norm."""
-    columns = ["max_lr", "warmup_steps", "norm", "seeds", "val_loss", "diverged", "stalled"]
+    """Loss and number of runs that learned: a row per arm, learning rate and warm-up, a column per norm."""
+    columns = ["arm", "max_lr", "warmup_steps", "norm", "seeds", "val_loss", "val_loss_sd", "diverged", "stalled"]
     table = results.table("norm_study/table.csv", columns)
     learned = table["seeds"] - table["diverged"] - table["stalled"]
-    cells = table["val_loss"].map(number) + " (" + learned.astype(str) + " of " + table["seeds"].astype(str) + ")"
-    pivot = table.assign(cell=cells).pivot(index=columns[:2], columns="norm", values="cell")
-    pivot = pivot[table["norm"].unique()].fillna("–").reset_index()
-    headings = {"max_lr": "Learning rate", "warmup_steps": "Warm-up steps"}
-    return pivot.assign(max_lr=pivot["max_lr"].map("{:g}".format)).rename(columns=headings)
+    loss = table["val_loss"].map(number) + " ± " + table["val_loss_sd"].map(number)
+    cells = loss + " (" + learned.astype(str) + " of " + table["seeds"].astype(str) + ")"
+    pivot = table.assign(cell=cells).pivot(index=columns[:3], columns="norm", values="cell")
+    pivot = pivot.loc[table["arm"].unique(), table["norm"].unique()].fillna("–").reset_index()
+    headings = {"arm": "Arm", "max_lr": "Learning rate", "warmup_steps": "Warm-up steps"}
+    return pivot.assign(arm=pivot["arm"].replace(ARMS), max_lr=pivot["max_lr"].map("{:g}".format)).rename(
+        columns=headings
+    )
 
 
 def tabulate_norms(results: Results) -> pd.DataFrame:
     """The table of the norm study, with the norms next to each other at each learning rate and warm-up."""
-    columns = ["max_lr", "warmup_steps", "diverged", "diverged_at_step"]
-    table = results.table("norm_study/table.csv", columns).sort_values(columns[:2], kind="stable")
+    columns = ["arm", "max_lr", "warmup_steps", "diverged", "diverged_at_step"]
+    table = results.table("norm_study/table.csv", columns)
+    order = {arm: place for place, arm in enumerate(table["arm"].unique())}
+    table = table.sort_values(columns[:3], kind="stable", key=lambda keys: keys.replace(order))
     steps = table["diverged_at_step"].astype(object).where(table["diverged"] > 0, "–")
     return table.assign(max_lr=table["max_lr"].map("{:g}".format), diverged_at_step=steps)
 

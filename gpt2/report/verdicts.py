@@ -90,8 +90,13 @@ def of_trouble(troubled: int, runs: int, most: float = 0.1) -> Verdict:
     return "failed" if interval.low > most else "undecided"
 
 
-def of_comparison(p_value: float, more: bool) -> Verdict:
-    """Verdict on whether something happens more often to one group of runs, by a two-sided test and the direction."""
-    if p_value > SIGNIFICANCE:
-        return "undecided"
-    return of_fact(more)
+def of_comparison(p_value: float, share: float, other: float) -> Verdict:
+    """Verdict on whether something happens more often to one group of runs than to the other, by a one-sided test.
+
+    share, other: of the runs of each group. Failed if it never happens to the first, or is significantly less frequent.
+    """
+    if share == 0:
+        return "failed"
+    if p_value <= SIGNIFICANCE:
+        return "passed"
+    return "failed" if share < other and p_value >= 1 - SIGNIFICANCE else "undecided"

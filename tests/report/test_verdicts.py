@@ -73,10 +73,19 @@ def test_runs_in_trouble_fail_only_where_their_share_is_surely_above_the_limit(t
 
 
 @pytest.mark.parametrize(
-    ("p_value", "more", "verdict"), [(0.04, True, "passed"), (0.04, False, "failed"), (0.06, True, "undecided")]
+    ("p_value", "share", "other", "verdict"),
+    [
+        (0.04, 0.6, 0.1, "passed"),
+        (0.06, 0.5, 0.2, "undecided"),
+        (0.97, 0.1, 0.6, "failed"),
+        (0.9, 0.1, 0.3, "undecided"),
+        # Every run of both groups: the test has nothing to compare.
+        (1.0, 1.0, 1.0, "undecided"),
+        (1.0, 0.0, 0.0, "failed"),
+    ],
 )
-def test_a_comparison_needs_a_small_p_value(p_value, more, verdict):
-    assert verdicts.of_comparison(p_value, more) == verdict
+def test_a_comparison_of_groups_needs_a_significant_difference(p_value, share, other, verdict):
+    assert verdicts.of_comparison(p_value, share, other) == verdict
 
 
 def test_one_model_is_judged_by_its_own_interval():
