@@ -190,7 +190,7 @@ def _draw_runs(axes: Axes, runs: pd.DataFrame, curves: pd.DataFrame, column: str
 
 
 def plot_norm_stalls(results: Results) -> Figure:
-    """Cosine between tokens and ratio of the gradients of first and last block at the end of each run, a panel per arm."""
+    """Cosine between tokens and gradient of the first over the last block at the end of each run, a panel per arm."""
     columns = ["token_cosine", "grad_ratio", "stalled", "diverged"]
     runs = results.table("norm_study/runs.csv", ["arm", "norm", *columns])
     arms = runs["arm"].unique()
