@@ -2,16 +2,16 @@
 
     python -m bench.prune [--scale tiny] [--rounds 1]
 
-Redundancy, Taylor importance, magnitude, random and greedy loss rank the heads, as many tokens and seeds as the scale
-says; then every set is evaluated as the stage prune does it. Similarities of heads are drawn at random, for the study
-of them is another stage's, and so are the tokens. The model has the shape of the scale and random weights, on which the
-time does not depend; where two criteria agree on a set of heads, it is evaluated once. On a GPU, and then at the scale
-`short`, if there is one. A warm-up of one pass comes first; the fastest of the rounds counts.
+Redundancy, Taylor importance, magnitude, random and greedy loss rank the heads with the tokens and seeds of the scale;
+then every set is evaluated on the test tokens, as the stage prune does it. Similarities and tokens are random, and the
+model has the shape of the scale and random weights, on which the time does not depend. A set of heads that two criteria
+share is evaluated once. The scale is `short` on a GPU, else `tiny`. One pass warms up; the fastest of the rounds
+counts.
 
-The limit is arithmetic: two operations per weight of a matrix product for each token that passes it, thrice that for
-the scores with gradients, and 4 D of each head for each of half the context, at the rate of the machine's fastest large
-product. For the greedy search only what lies above the head that is tried is counted. Nothing is counted for softmax,
-norms or memory traffic.
+The limit is arithmetic: two operations per weight of a matrix product for each token that passes it, three times that
+for the scores with gradients, and 4 D of each head for each of half the context, at the rate of the machine's fastest
+large product. The greedy search counts only the layers from the tried head on. Softmax, norms and memory traffic are
+not counted.
 """
 
 import sys
@@ -36,9 +36,9 @@ from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import write_text
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.params import load, read
-from gpt2.prune.criteria import Order, rank_heads, score_taylor
+from gpt2.prune.criteria import Order, order_by_score, rank_heads, score_taylor
 from gpt2.prune.frontier import PLAIN, Evaluator, measure_frontier
-from gpt2.prune.iterative import order_by_loss
+from gpt2.prune.iterative import SHORTLIST, order_by_loss
 from gpt2.prune.remove import PruneConfig, count_removals
 from gpt2.prune.repair import Calibration
 from gpt2.tokenizer.encodings import load_encoding
@@ -50,10 +50,9 @@ RESULTS = Path("bench/results")
 
 
 class Text(NamedTuple):
-    """Windows (N, T + 1) for the Taylor scores, for the greedy search and for perplexity."""
+    """Windows (N, T + 1) for the Taylor scores and the greedy search, and for perplexity."""
 
     scoring: Tensor
-    greedy: Tensor
     eval: Tensor
 
 
@@ -63,7 +62,7 @@ def draw_text(model: GPT, config: PruneConfig) -> Text:
     return Text(
         *(
             torch.randint(model.config.vocab_size, (count // T, T + 1), generator=generator)
-            for count in (config.scoring_tokens, config.greedy_tokens, config.eval_tokens)
+            for count in (config.scoring_tokens, config.eval_tokens)
         )
     )
 
@@ -74,22 +73,24 @@ def draw_similarity(n_heads: int) -> np.ndarray:
     return (values + values.T) / 2
 
 
-def measure(model: GPT, config: PruneConfig, text: Text) -> tuple[dict[str, float], dict[str, list[Order]]]:
-    """Seconds of each of PARTS in one round, and the orders."""
+def measure(
+    model: GPT, config: PruneConfig, text: Text
+) -> tuple[dict[str, float], dict[str, list[Order]], Sequence[Tensor]]:
+    """Seconds of each of PARTS in one round, the orders, and the Taylor scores."""
     similarity, counts = draw_similarity(len(list_heads(model.config))), count_removals(model, SHARES)
     times = [_now()]
     taylor = score_taylor(model, text.scoring, config.batch_size)
     orders = rank_heads(model, similarity, taylor, config.random_seeds)
     times.append(_now())
-    orders["loss"] = [order_by_loss(model, text.greedy, counts[-1], config.batch_size)]
+    orders["loss"] = [order_by_loss(model, taylor, text.scoring, counts[-1], config.batch_size)]
     times.append(_now())
-    # Without repairs nothing is asked of the calibration.
+    # Without repairs the calibration is not used.
     evaluator = Evaluator(model, Calibration(text.eval, 1, 1.0, similarity, []), text.eval, config.batch_size)
     measure_frontier(evaluator, orders, counts, PLAIN)
     times.append(_now())
     seconds = dict(zip(PARTS, np.diff(times).tolist(), strict=True))
     sys.stderr.write("".join(f"{part}: {taken:.1f} s\n" for part, taken in seconds.items()))
-    return seconds, orders
+    return seconds, orders, taylor
 
 
 def _now() -> float:
@@ -98,22 +99,24 @@ def _now() -> float:
     return time.perf_counter()
 
 
-def count_operations(model: GPT, text: Text, orders: dict[str, list[Order]]) -> dict[str, float]:
-    """Of each of PARTS: what none of them can leave out."""
-    config, counts, heads = model.config, count_removals(model, SHARES), list_heads(model.config)
+def count_operations(
+    model: GPT, text: Text, orders: dict[str, list[Order]], taylor: Sequence[Tensor]
+) -> dict[str, float]:
+    """The least operations of each of PARTS."""
+    config, counts, left = model.config, count_removals(model, SHARES), order_by_score(taylor)
     classifier = 2 * config.n_embd * config.vocab_size
     whole = operations_from(config, 0, set()) + classifier
     search = 0.0
     gone: set[Head] = set()
     for chosen in orders["loss"][0]:
-        left = [head for head in heads if head not in gone]
-        search += sum(operations_from(config, tried.layer, gone | {tried}) + classifier for tried in left)
+        tries = left[:SHORTLIST]
+        search += sum(operations_from(config, tried.layer, gone | {tried}) + classifier for tried in tries)
+        left.remove(chosen)
         gone.add(chosen)
     sets = {frozenset(order[:count]) for ranked in orders.values() for order in ranked for count in counts}
     evaluated = sum(operations_from(config, 0, removed) + classifier for removed in sets)
-    tokens = [windows[:, 1:].numel() for windows in text]
-    each = zip((3 * whole, search, evaluated), tokens, strict=True)
-    return dict(zip(PARTS, (operations * n for operations, n in each), strict=True))
+    scoring, test = (windows[:, 1:].numel() for windows in text)
+    return dict(zip(PARTS, (3 * whole * scoring, search * scoring, evaluated * test), strict=True))
 
 
 def operations_from(config: GPTConfig, layer: int, removed: Collection[Head]) -> float:
@@ -126,7 +129,7 @@ def operations_from(config: GPTConfig, layer: int, removed: Collection[Head]) ->
 
 
 def tabulate(seconds: dict[str, float], operations: dict[str, float], peak: float) -> str:
-    """A Markdown table of the parts and of the whole beside the limit."""
+    """A Markdown table of seconds, operations and limit of the parts and of the whole."""
     rows = [*((part, seconds[part], operations[part]) for part in PARTS)]
     rows.append(("all", sum(seconds.values()), sum(operations.values())))
     lines = ["| | seconds | products (TFLOP) | limit (s) | of the limit |", "|---|" + "--:|" * 4]
@@ -151,8 +154,8 @@ def main(argv: Sequence[str]) -> None:
     text = draw_text(model, config)
     mean_loss(model, text.eval[: config.batch_size], config.batch_size)
     rounds = [measure(model, config, text) for _ in range(options.rounds)]
-    seconds = min((taken for taken, _ in rounds), key=lambda taken: sum(taken.values()))
-    table = tabulate(seconds, count_operations(model, text, rounds[0][1]), measure_peak(device))
+    seconds = min((taken for taken, *_ in rounds), key=lambda taken: sum(taken.values()))
+    table = tabulate(seconds, count_operations(model, text, *rounds[0][1:]), measure_peak(device))
     on_cpu = f"{describe_processor()}, {hardware.threads} threads"
     processor = on_cpu if device.type == "cpu" else torch.cuda.get_device_name()
     seeds, sizes = len(config.random_seeds), [f"{windows[:, 1:].numel():,}" for windows in text]
@@ -161,7 +164,7 @@ def main(argv: Sequence[str]) -> None:
         f"# Pruning: the frontier of five criteria at {len(SHARES)} shares, without repair\n\n{date.today()}, "
         f"{processor}, torch {torch.__version__}; the {model.n_params() / 1e6:.1f}M parameters of the scale "
         f"{options.scale}, fp32{', products in TF32' if device.type == 'cuda' else ''}; {sizes[0]} tokens for the "
-        f"Taylor scores, {sizes[1]} for the search, {sizes[2]} for perplexity, {seeds} random orders; the fastest of "
+        f"Taylor scores and the search, {sizes[1]} for perplexity, {seeds} random orders; the fastest of "
         f"{options.rounds} rounds.\n\n```\npython -m bench.prune --scale {options.scale} --rounds {options.rounds}"
         f"\n```\n\n{table}\n\nThe limit is that of the products at the measured peak.{goal}\n"
     )

@@ -1,13 +1,11 @@
-"""Intervals of a rise of perplexity over the windows that it was measured on.
+"""Percentile intervals of a rise of perplexity: a cluster bootstrap over documents.
 
-The windows lie evenly over the split and stand for other text. Each of RESAMPLES draws takes as many windows with
-replacement, the same ones for all models (paired percentile bootstrap, Efron & Tibshirani 1993, chapter 13). Where
-several orders of heads were measured, random ones, they are drawn as well.
+Windows of one document are not independent, so groups of windows that share a document are drawn with replacement
+(Davison & Hinkley 1997, section 3.8). All models are evaluated on the same draws, which pairs them. Orders of heads
+and random sets are not drawn: the interval holds for the sets that were measured.
 
-Letters: N windows, S orders of heads, R draws.
+Letters: N windows, S sets of heads, R draws.
 """
-
-from functools import cache
 
 import numpy as np
 
@@ -15,26 +13,28 @@ RESAMPLES, SEED = 2000, 0
 ENDS = (2.5, 97.5)
 
 
-def resample_rises(whole: np.ndarray, pruned: np.ndarray) -> np.ndarray:
-    """Rise of perplexity in percent, mean over S orders, in each draw (R,).
+def draw_weights(groups: np.ndarray) -> np.ndarray:
+    """Weight of each window in the mean of each draw, (R, N), for the group number (N,) of each window.
 
-    From the mean loss of each window: of the whole model (N,) and of those without heads (S, N).
+    A draw takes as many groups as there are. If all windows are in one group, windows are drawn.
     """
-    rises = 100 * np.expm1(_weights(len(whole)) @ (pruned - whole).T)
-    if len(pruned) > 1:
-        drawn = np.random.default_rng(SEED + 1).integers(0, len(pruned), rises.shape)
-        rises = np.take_along_axis(rises, drawn, axis=1)
-    return rises.mean(1)
+    n_groups = int(groups.max()) + 1
+    if n_groups == 1:
+        groups, n_groups = np.arange(len(groups)), len(groups)
+    drawn = np.random.default_rng(SEED).integers(0, n_groups, (RESAMPLES, n_groups))
+    counts = np.stack([np.bincount(row, minlength=n_groups) for row in drawn])[:, groups]
+    return counts / counts.sum(1, keepdims=True)
 
 
-@cache
-def _weights(n_windows: int) -> np.ndarray:
-    """The share of each window in each draw, (R, N)."""
-    drawn = np.random.default_rng(SEED).integers(0, n_windows, (RESAMPLES, n_windows))
-    return np.stack([np.bincount(row, minlength=n_windows) for row in drawn]) / n_windows
+def resample_rises(weights: np.ndarray, whole: np.ndarray, pruned: np.ndarray) -> np.ndarray:
+    """Rise of perplexity in percent, mean over S sets, in each draw (R,).
+
+    whole (N,) and pruned (S, N): mean loss of each window of the whole model and without each set of heads.
+    """
+    return 100 * np.expm1(weights @ (pruned - whole).T).mean(1)
 
 
 def interval(draws: np.ndarray) -> tuple[float, float]:
-    """The two ends between which 95 % of the draws (R,) lie."""
+    """The ends of the 95 % percentile interval of the draws (R,)."""
     low, high = np.percentile(draws, ENDS)
     return float(low), float(high)

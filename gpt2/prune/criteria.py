@@ -1,11 +1,11 @@
-"""In which order to remove the heads of a model, the first to go first: criteria that look at the whole model once.
+"""Rankings of the heads of a model, the first to remove first, by criteria that score the whole model once.
 
-iterative.py has those that look at it again, similarity_orders.py other uses of similarity.
+iterative.py has criteria that score the model again after removals.
 
 Letters: B sequences, T tokens, C channels, H heads of a layer, D channels of a head, M heads of all layers together.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -22,9 +22,9 @@ ONE_SHOT = ("redundancy", "taylor", "magnitude", "random")
 def rank_heads(
     model: GPT, similarity: np.ndarray, taylor: Sequence[Tensor], seeds: Sequence[int]
 ) -> dict[str, list[Order]]:
-    """The orders of each of ONE_SHOT: one each, for random one a seed.
+    """The orders of each criterion of ONE_SHOT: one per seed for random, one for each of the others.
 
-    similarity (M, M) are the cosines of the attention patterns; taylor is what score_taylor returned.
+    similarity (M, M): cosines of the attention patterns; taylor: the result of score_taylor.
     """
     heads = list_heads(model.config)
     return {
@@ -36,53 +36,29 @@ def rank_heads(
 
 
 def order_by_redundancy(similarity: np.ndarray, heads: Sequence[Head]) -> Order:
-    """Of the most similar pair left within a layer, remove the head that is more like the others of the layer.
+    """From the most similar pair left within a layer, remove the head with the higher mean similarity to its layer.
 
-    "More like" is the higher mean similarity to the heads left in the layer; of two equals the later one goes. When
-    each layer is down to one head, the rest follow by the same rule without regard to layers.
+    The mean is over the heads left in the layer; on a tie the later head goes. When each layer has one head left, the
+    same rule ranks the rest across layers.
     """
-
-    def pick(left: list[int]) -> int:
-        pair, comparable = most_similar_pair(similarity, heads, left), _comparable(heads, left)
-        alike = [similarity[left[place], left][comparable[place]].mean() for place in pair]
-        return pair[0] if alike[0] > alike[1] else pair[1]
-
-    return remove_one_by_one(heads, pick)
-
-
-def remove_one_by_one(heads: Sequence[Head], pick: Callable[[list[int]], int]) -> Order:
-    """The order in which heads go, of which one stays last. `pick` is given those left, as numbers, and tells a place
-    among them."""
-    left, order = list(range(len(heads))), []
+    layers, left, order = np.array([head.layer for head in heads]), list(range(len(heads))), []
     while len(left) > 1:
-        order.append(heads[left.pop(pick(left))])
+        cosines, comparable = similarity[np.ix_(left, left)], ~np.eye(len(left), dtype=bool)
+        within = comparable & (layers[left][:, None] == layers[left])
+        comparable = within if within.any() else comparable
+        first, second = np.unravel_index(np.argmax(np.where(comparable, cosines, -np.inf)), cosines.shape)
+        alike = [cosines[place, comparable[place]].mean() for place in (first, second)]
+        order.append(heads[left.pop(first if alike[0] > alike[1] else second)])
     return order + [heads[last] for last in left]
 
 
-def most_similar_pair(similarity: np.ndarray, heads: Sequence[Head], left: Sequence[int]) -> tuple[int, int]:
-    """Places in `left`, ascending, of the two most similar heads; of one layer as long as two of one layer are left.
-
-    left: which of `heads` there still are, as numbers.
-    """
-    cosines, comparable = similarity[np.ix_(left, left)], _comparable(heads, left)
-    first, second = np.unravel_index(np.argmax(np.where(comparable, cosines, -np.inf)), cosines.shape)
-    return int(first), int(second)
-
-
-def _comparable(heads: Sequence[Head], left: Sequence[int]) -> np.ndarray:
-    """Which pairs of those left are compared (n, n): two of one layer or, where there are none, any two."""
-    layers, others = np.array([heads[i].layer for i in left]), ~np.eye(len(left), dtype=bool)
-    within = (layers[:, None] == layers) & others
-    return within if within.any() else others
-
-
 def order_at_random(heads: Sequence[Head], seed: int) -> Order:
-    """A permutation of the heads that `seed` alone decides."""
+    """A permutation of the heads that depends on `seed` only."""
     return [heads[i] for i in np.random.Generator(np.random.PCG64([seed])).permutation(len(heads))]
 
 
 def order_by_score(scores: Sequence[Tensor]) -> Order:
-    """Lowest score first, equal ones by position; scores are one tensor (H,) a layer."""
+    """Lowest score first, ties by position; scores: one tensor (H,) per layer."""
     scored = [
         (value, Head(layer, index)) for layer, row in enumerate(scores) for index, value in enumerate(row.tolist())
     ]
@@ -90,16 +66,16 @@ def order_by_score(scores: Sequence[Tensor]) -> Order:
 
 
 def score_taylor(model: GPT, windows: Tensor, batch_size: int) -> list[Tensor]:
-    """What removing a head would cost to first order (Michel et al. 2019, equation 2), (H,) float64 a layer.
+    """First-order cost of removing each head (Michel et al. 2019, equation 2), (H,) float64 per layer.
 
     The mean over the windows (N, T + 1) of |d loss / d m|, where m = 1 multiplies the output of the head and the loss
-    is the window's mean; then each layer is divided by its Euclidean norm, as there.
+    is the window's mean; the scores of a layer are divided by their Euclidean norm.
     """
     device = model.wte.weight.device
     scores = [torch.zeros(n_head, dtype=torch.float64) for n_head in model.config.layer_heads]
     for batch in windows.split(batch_size):
         batch = batch.to(device)
-        # A mask for each window, since the absolute value is taken window by window.
+        # One mask per window, since the absolute value is taken per window.
         masks = [torch.ones(len(batch), 1, len(score), device=device, requires_grad=True) for score in scores]
         with torch.enable_grad(), mask_heads(model, masks):
             loss = len(batch) * model(batch[:, :-1], batch[:, 1:])
@@ -110,7 +86,7 @@ def score_taylor(model: GPT, windows: Tensor, batch_size: int) -> list[Tensor]:
 
 @torch.no_grad()
 def score_magnitude(model: GPT) -> list[Tensor]:
-    """Euclidean norm of the weights that belong to a head, its rows of c_attn and columns of c_proj, (H,) a layer."""
+    """Euclidean norm of the weights of each head, its rows of c_attn and columns of c_proj, (H,) per layer."""
     scores = []
     for block in model.h:
         n_head, head_dim = block.attn.n_head, block.attn.head_dim
@@ -122,9 +98,9 @@ def score_magnitude(model: GPT) -> list[Tensor]:
 
 @contextmanager
 def mask_heads(model: GPT, masks: Sequence[Tensor]) -> Iterator[None]:
-    """Multiply the output of each head by its mask inside the block.
+    """Multiply the output of each head by its mask while the context is open.
 
-    masks: one tensor a layer, (H,) for all tokens alike or (B, 1, H) for each sequence its own.
+    masks: one tensor per layer, (H,) for all sequences or (B, 1, H) for one mask per sequence.
     """
     hooks = []
     for block, mask in zip(model.h, masks, strict=True):

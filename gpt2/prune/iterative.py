@@ -1,8 +1,6 @@
-"""Orders that look at the model again without the heads that are gone: greedy by loss, and Taylor scores taken again.
+"""Criteria that score the model again after removals: greedy search by loss, and Taylor scores at each count.
 
-Redundancy by attention patterns has no such order. It does compare only the heads that are left, but with the cosines
-of the whole model: a head that goes changes the patterns of later layers by what it wrote, and of its own layer, where
-it is compared, not at all. Taking the cosines again would cost a pass of stage head-similarity for each step.
+Redundancy has no such order: removing a head does not change the patterns of its own layer, where heads are compared.
 
 Letters: B sequences, T tokens, C channels, H heads of a layer.
 """
@@ -12,18 +10,21 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from gpt2.heads.similarity import Head, list_heads
+from gpt2.heads.similarity import Head
 from gpt2.model.gpt import GPT
 from gpt2.model.loss import token_losses
 from gpt2.prune.criteria import Order, mask_heads, order_by_score, score_taylor
+
+# Heads that a step of the greedy search tries.
+SHORTLIST = 8
 
 
 def order_by_taylor_again(
     model: GPT, taylor: Sequence[Tensor], windows: Tensor, counts: Sequence[int], batch_size: int
 ) -> Order:
-    """The first counts[-1] heads by Taylor importance, which is taken again at each of the ascending `counts`.
+    """The first counts[-1] heads by Taylor score, computed again at each of the ascending `counts`.
 
-    taylor is what score_taylor returned for the whole model on these windows (N, T + 1).
+    taylor: the result of score_taylor for the whole model on these windows (N, T + 1).
     """
     masks = _ones(model)
     order: Order = []
@@ -39,21 +40,22 @@ def order_by_taylor_again(
 
 
 @torch.no_grad()
-def order_by_loss(model: GPT, windows: Tensor, count: int, batch_size: int) -> Order:
-    """The first `count` heads, greedily: next goes the one without which the mean loss on windows (N, T + 1) is lowest.
+def order_by_loss(model: GPT, taylor: Sequence[Tensor], windows: Tensor, count: int, batch_size: int) -> Order:
+    """The first `count` heads by greedy search: each step removes the head whose removal gives the lowest mean loss.
 
-    The search is exact: each step tries every head that is left, with those gone before masked; of equals the first
-    goes. What lies below the layer of a head does not change with it and is computed once a step. So a step passes each
-    of M heads through half of the blocks on average and through the classifier, and all of the search takes about
-    count * (M - count / 2) such passes over the windows.
+    A step tries the SHORTLIST heads of the lowest Taylor scores among those left, on all windows (N, T + 1), so the
+    search and Taylor's criterion see the same tokens; ties go to the lower Taylor score. The layers below a head are
+    computed once a step, so the search takes count * SHORTLIST passes of half of the blocks, on average, and of the
+    classifier. It holds N T C activations.
     """
     device, masks, order = model.wte.weight.device, _ones(model), []
     batches = [(batch[:, :-1].to(device), batch[:, 1:].to(device)) for batch in windows.split(batch_size)]
-    left = list_heads(model.config)
+    left = order_by_score(taylor)
     with mask_heads(model, masks):
         for _ in range(count):
-            losses = _losses_without(model, left, masks, batches)
-            head = min(left, key=losses.__getitem__)
+            shortlist = left[:SHORTLIST]
+            losses = _losses_without(model, shortlist, masks, batches)
+            head = min(shortlist, key=losses.__getitem__)
             masks[head.layer][head.index] = 0
             left.remove(head)
             order.append(head)
@@ -63,7 +65,7 @@ def order_by_loss(model: GPT, windows: Tensor, count: int, batch_size: int) -> O
 def _losses_without(
     model: GPT, heads: Sequence[Head], masks: Sequence[Tensor], batches: Sequence[tuple[Tensor, Tensor]]
 ) -> dict[Head, float]:
-    """Summed loss without each of `heads` in turn, of ids and targets (B, T) each; the masks act, and stay."""
+    """Summed loss without each of `heads` in turn, over ids and targets (B, T) each; the masks are active."""
     losses = {}
     states = [model.wte(idx) + model.wpe.weight[: idx.shape[1]] for idx, _ in batches]
     for layer, mask in enumerate(masks):
@@ -78,10 +80,10 @@ def _losses_without(
             losses[head] = total
             mask[head.index] = 1
         states = [model.h[layer](state) for state in states]
-    # One wait for the device, not one for each head.
+    # One synchronisation with the device, not one per head.
     return dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
 
 
 def _ones(model: GPT) -> list[Tensor]:
-    """A mask of each layer (H,) that keeps all heads."""
+    """One mask (H,) per layer that keeps all heads."""
     return [torch.ones(n_head, device=model.wte.weight.device) for n_head in model.config.layer_heads]

@@ -1,63 +1,35 @@
-"""A short training of a pruned model, so that what is left makes up for what is gone further than in closed form."""
+"""A short training of a pruned model after its closed-form repair."""
 
 import copy
-import math
-from collections.abc import Mapping
 
-from torch import Tensor, nn
+import numpy as np
+import torch
 
 from gpt2.data.order import TrainOrder
-from gpt2.model.evaluate import mean_loss
 from gpt2.model.gpt import GPT
-from gpt2.train.optim import OptimConfig, build_optimizer, lr_at
-
-DIGITS = 6
+from gpt2.pipeline.files import UserError
+from gpt2.train.optim import AdamConfig, OptimConfig
+from gpt2.train.short_runs import train_windows
 
 
 def recover(model: GPT, order: TrainOrder, steps: int, max_lr: float) -> GPT:
-    """A copy of the model after so many steps of AdamW in fp32, each on a batch of `order`; of 0, the same weights.
+    """A copy of the model after `steps` of AdamW in fp32 on the batches of `order`; 0 steps keep the weights.
 
-    The rate rises to max_lr over a tenth of the steps and falls to a tenth of it; the rest is as usual for GPT-2.
+    The rate rises to max_lr over a tenth of the steps and falls to a tenth of it; the other settings are GPT-2's usual
+    ones. Raises UserError if the training diverges.
     """
     recovered = copy.deepcopy(model)
     if not steps:
         return recovered
-    config = OptimConfig(
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.1,
-        grad_clip=1.0,
-        max_steps=steps,
-        max_lr=max_lr,
-        min_lr=max_lr / 10,
-        warmup_steps=steps // 10,
-    )
-    device, optimizer = model.wte.weight.device, build_optimizer(recovered, config)
-    recovered.train()
-    for step in range(steps):
-        idx, targets = order.batch(step, 0, order.batch_windows)
-        recovered(idx.to(device), targets.to(device)).backward()
-        nn.utils.clip_grad_norm_(recovered.parameters(), config.grad_clip)
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, config)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+    adam = AdamConfig(beta1=0.9, beta2=0.95, weight_decay=0.1, grad_clip=1.0).model_dump()
+    config = OptimConfig(**adam, max_steps=steps, max_lr=max_lr, min_lr=max_lr / 10, warmup_steps=steps // 10)
+    batches = (order.batch(step, 0, order.batch_windows) for step in range(steps))
+    windows = torch.cat([torch.cat([idx, targets[:, -1:]], 1) for idx, targets in batches])
+    numbers = np.arange(len(windows)).reshape(steps, -1)
+    curve = train_windows(recovered.train(), config, windows, numbers, order.batch_windows, "float32")
+    if curve.diverged_at_step >= 0:
+        raise UserError(
+            f"prune.recovery_max_lr={max_lr}: the training of the pruned model diverged at step "
+            f"{curve.diverged_at_step}; lower the rate"
+        )
     return recovered.eval()
-
-
-def summarise_recovery(
-    figures: Mapping[str, float], recovered: GPT, steps: int, windows: Tensor, batch_size: int
-) -> dict[str, float]:
-    """Figures of metrics/prune.json: how many steps and, if any, what they make of those of the saved model.
-
-    `figures` are those before; the perplexity is that on windows (N, T + 1).
-    """
-    if not steps:
-        return {"recovery_steps": 0}
-    perplexity = math.exp(mean_loss(recovered, windows, batch_size))
-    return {
-        "recovery_steps": steps,
-        "pruned_perplexity_before_recovery": figures["pruned_perplexity"],
-        "pruned_perplexity": round(perplexity, DIGITS),
-        "pruned_perplexity_rise_percent": round(100 * (perplexity / figures["baseline_perplexity"] - 1), DIGITS),
-    }

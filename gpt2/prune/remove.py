@@ -1,4 +1,4 @@
-"""Removing attention heads for good: the model that is left is smaller, not masked."""
+"""Removal of attention heads: the pruned model is smaller, not masked."""
 
 import copy
 from collections.abc import Collection, Sequence
@@ -13,34 +13,33 @@ from gpt2.model.gpt import GPT, CausalSelfAttention
 from gpt2.pipeline.files import UserError
 from gpt2.pipeline.params import Config
 
-# Part of the heads that the reference removed; always among the evaluated ones.
+# Share of the heads that the reference removed; always evaluated.
 CLAIMED_SHARE = 0.15
 
 
 class PruneConfig(Config):
-    """What is removed and on how many tokens it is judged."""
+    """Shares of heads to remove, and tokens for criteria, repairs, selection and test."""
 
-    # Parts of all heads to remove, each rounded to whole heads.
+    # Shares of all heads to remove, each rounded to whole heads.
     shares: Annotated[tuple[Annotated[float, Field(gt=0, lt=1)], ...], Field(min_length=1)]
     # One random order each.
     random_seeds: Annotated[tuple[NonNegativeInt, ...], Field(min_length=1)]
-    # Random sets of CLAIMED_SHARE of the heads, to tell how many of them cost less than a choice.
+    # Random sets of CLAIMED_SHARE of the heads with which each choice is compared: free ones, and layer-matched ones.
     random_sets: PositiveInt
-    # Training tokens for the repairs, validation tokens for Taylor's criterion and, fewer, for the greedy search by
-    # loss, which passes them through the model for each head and step, test tokens for perplexity; each rounded down to
-    # whole sequences.
+    # Training tokens for the repairs, validation tokens for Taylor's criterion and the greedy search, other validation
+    # tokens for the choice of the saved model, test tokens for perplexity; each rounded down to whole sequences.
     calibration_tokens: PositiveInt
     scoring_tokens: PositiveInt
-    greedy_tokens: PositiveInt
+    selection_tokens: PositiveInt
     eval_tokens: PositiveInt
-    # How strongly a refit holds on to the weights, relative to the mean square of the channels it acts on;
-    # with less than this bound, rounding may leave the equations without a solution.
+    # Ridge penalty of a refit, relative to the mean square of the channels it acts on; below this bound, rounding may
+    # make the equations singular.
     ridge: Annotated[float, Field(ge=1e-9)]
     # Sequences per forward pass.
     batch_size: PositiveInt
-    # The saved model has the most heads removed for a rise of perplexity below this.
+    # The saved model has the most heads removed at a rise of perplexity below this.
     limit_percent: Annotated[float, Field(gt=0)]
-    # Training steps of the model that is saved, of batch_size sequences each, and their highest learning rate.
+    # Training steps of the saved model, of batch_size sequences each, and their highest learning rate.
     recovery_steps: NonNegativeInt
     recovery_max_lr: PositiveFloat
     # Of the order of the training data.
@@ -66,7 +65,7 @@ def require_whole(model: GPT) -> None:
 def count_removals(model: GPT, shares: Sequence[float]) -> list[int]:
     """Ascending numbers of heads to remove: 0, CLAIMED_SHARE and `shares` of all heads, rounded.
 
-    Raises UserError if the model is pruned already or a share rounds to no head or to all of them.
+    Raises UserError if the model is already pruned or a share rounds to no head or to all of them.
     """
     require_whole(model)
     n_heads = len(list_heads(model.config))
@@ -80,16 +79,15 @@ def count_removals(model: GPT, shares: Sequence[float]) -> list[int]:
 
 
 def claimed_count(n_heads: int) -> int:
-    """Heads that are CLAIMED_SHARE of all."""
+    """Number of heads in CLAIMED_SHARE of all."""
     return round(CLAIMED_SHARE * n_heads)
 
 
 def remove_heads(model: GPT, removed: Collection[Head]) -> GPT:
-    """A copy of the model without these heads: their rows of c_attn and columns of c_proj are gone.
+    """A copy of the model without the rows of c_attn and columns of c_proj of these heads.
 
-    It computes what the model does with the outputs of these heads set to zero. A layer may lose all of its heads; it
-    then adds the bias of its c_proj. Raises UserError if the model is pruned already, lacks one of the heads, or would
-    lose all.
+    Its output equals that of the model with the outputs of these heads set to zero. A layer without heads adds the bias
+    of its c_proj. Raises UserError if the model is already pruned, lacks one of the heads, or would lose all.
     """
     require_whole(model)
     heads = list_heads(model.config)

@@ -1,10 +1,11 @@
-"""Closed-form repair of a pruned model, without training, by two methods.
+"""Closed-form repair of a pruned model, without training.
 
-refit: the columns of c_proj that are left, and its bias, take over what the removed heads wrote, as far as that is a
-linear function of what the heads that are left put out (ridge least squares on calibration tokens). Stepwise, one layer
-after the other also takes back what the layers before it lost.
+mean: the mean of what the removed heads wrote is added to the bias of c_proj (as in FLAP, An et al. 2024).
+refit: the remaining columns of c_proj and its bias also approximate what the removed heads wrote by a linear function
+of the remaining heads' outputs (ridge regression on calibration tokens).
+stepwise: a refit of one layer after the other, which also corrects the error of the layers before.
 merge: the value and output circuit of a removed head is folded into its twin, the head of the layer with the most
-similar pattern. Where the patterns are equal, nothing is lost but what D channels cannot carry.
+similar pattern; exact for equal patterns, up to what D channels can carry.
 
 Letters: B sequences, T tokens, C channels, H heads of a layer, D channels of a head, K = H D, M heads of all layers.
 """
@@ -24,7 +25,7 @@ from gpt2.model.gpt import GPT, CausalSelfAttention
 from gpt2.pipeline.files import UserError
 from gpt2.prune.remove import remove_heads
 
-Repair = Literal["none", "refit", "stepwise", "merge", "merge_refit"]
+Repair = Literal["none", "mean", "refit", "stepwise", "merge", "merge_refit"]
 
 
 class Moments(NamedTuple):
@@ -36,9 +37,9 @@ class Moments(NamedTuple):
 
 @dataclass(frozen=True)
 class Calibration:
-    """What the repairs go by: tokens in windows (N, T + 1), `batch_size` a pass, and what the model does with them.
+    """Input of the repairs: tokens in windows (N, T + 1), `batch_size` of them per pass, and statistics of the model.
 
-    similarity (M, M) are the cosines of the attention patterns, `moments` those of gather_moments, `ridge` as in refit.
+    similarity (M, M): cosines of the attention patterns; moments: the result of gather_moments; ridge: as in refit.
     """
 
     windows: Tensor
@@ -56,15 +57,14 @@ def gather_calibration(
 
 
 def remove_and_repair(model: GPT, order: Sequence[Head], repair: Repair, calibration: Calibration) -> GPT:
-    """A copy of the model without these heads, of which the first went first, repaired.
+    """A repaired copy of the model without these heads; a merge folds them in the given order.
 
-    none, refit and merge take no further pass over the calibration tokens, the others those of refit_stepwise. Without
-    heads to remove, nothing changes.
+    Only stepwise and merge_refit pass the calibration tokens through the model again. An empty order changes nothing.
     """
     if repair == "none" or not order:
         return remove_heads(model, order)
-    if repair == "refit":
-        return refit(model, order, calibration.moments, calibration.ridge)
+    if repair in ("mean", "refit"):
+        return refit(model, order, calibration.moments, None if repair == "mean" else calibration.ridge)
     if repair == "stepwise":
         changed = remove_heads(model, order)
     else:
@@ -76,29 +76,28 @@ def remove_and_repair(model: GPT, order: Sequence[Head], repair: Repair, calibra
 
 @torch.no_grad()
 def gather_moments(model: GPT, windows: Tensor, batch_size: int) -> list[Moments]:
-    """Of each layer, the moments of its heads' weighted values over the calibration tokens, windows (N, T + 1).
+    """Moments of the head outputs of each layer of a whole model over the calibration tokens, windows (N, T + 1).
 
-    One pass of the model serves all sets of heads that are removed afterwards. Beside the pass it takes 2 (K + 1)^2
-    operations in float64 for each token and layer, and 8 L (K + 1)^2 bytes (57 MB for GPT-2 124M). The result depends
-    on batch_size by rounding alone. Raises UserError if the model computes NaN or infinity.
+    One pass serves all sets of heads. It takes 2 (K + 1)^2 additional float64 operations per token and layer, and
+    8 L (K + 1)^2 bytes (57 MB for GPT-2 124M). Raises UserError if the model computes NaN or infinity.
     """
     sums = [_Sums(n_head * model.config.head_dim, model.wte.weight.device) for n_head in model.config.layer_heads]
     for batch in windows.split(batch_size):
         with capture_heads(model) as captured:
             model.hidden(batch[:, :-1].to(model.wte.weight.device))
-        for total, outputs in zip(sums, _by_layer(model, captured.output), strict=True):
-            total.add(*outputs)
+        for total, outputs in zip(sums, captured.output, strict=True):
+            total.add(outputs.flatten(2))
     return [total.moments() for total in sums]
 
 
 @torch.no_grad()
-def refit(model: GPT, removed: Collection[Head], moments: Sequence[Moments], ridge: float) -> GPT:
+def refit(model: GPT, removed: Collection[Head], moments: Sequence[Moments], ridge: float | None) -> GPT:
     """A copy of the model without these heads, each c_proj refitted to the attention output of the whole model.
 
-    In a layer that loses heads it minimises, over changes X of the weights that are left and over the bias, the mean
-    over the calibration tokens of |original output - output|^2, plus ridge * m * |X|^2, where m is the mean square of
-    the channels that are left. So without evidence the weights stay as they are. `moments` are the whole model's, from
-    gather_moments. A layer takes about K^3 / 3 + 2 K^2 C operations in float64.
+    In a layer that loses heads it minimises, over changes X of the remaining weights and over the bias, the mean over
+    the calibration tokens of |original output - output|^2, plus ridge * m * |X|^2, where m is the mean square of the
+    remaining channels. ridge None (infinite) changes only the bias: the repair `mean`. moments: the whole model's, from
+    gather_moments. A layer takes about K^3 / 3 + 2 K^2 C float64 operations.
     """
     pruned = remove_heads(model, removed)
     for layer, (whole, left) in enumerate(zip(model.h, pruned.h, strict=True)):
@@ -109,7 +108,7 @@ def refit(model: GPT, removed: Collection[Head], moments: Sequence[Moments], rid
         is_gone[heads] = True
         gone, kept = (mask.flatten().nonzero().flatten() for mask in (is_gone, ~is_gone))
         mean, covariance = moments[layer]
-        # What the layer no longer writes is linear in the removed channels.
+        # The output that the layer loses is linear in the removed channels.
         lost = whole.attn.c_proj.weight[:, gone].double().t()
         own = Moments(mean[kept], covariance[kept][:, kept])
         _correct(left.attn.c_proj, own, mean[gone] @ lost, covariance[kept][:, gone] @ lost, ridge)
@@ -118,12 +117,12 @@ def refit(model: GPT, removed: Collection[Head], moments: Sequence[Moments], rid
 
 @torch.no_grad()
 def refit_stepwise(model: GPT, changed: GPT, windows: Tensor, batch_size: int, ridge: float) -> GPT:
-    """A copy of `changed`, the model with fewer or other heads, with c_proj of layer after layer refitted.
+    """A copy of `changed`, the model with fewer or other heads, with c_proj refitted layer after layer.
 
-    As in `refit`, but each layer has the input that the layers before it, refitted already, give it, and its output is
-    to make the residual stream after the attention what it is in the model: it takes back what went astray before.
-    This takes a pass of the model and two of `changed` over windows (N, T + 1), and 8 N T C + 8 (K + C + 1)^2 bytes.
-    Raises UserError if one computes NaN or infinity.
+    As in `refit`, but each layer gets its input from the layers refitted before it, and its target is the residual
+    stream of the model after the attention, so it also corrects the error of the layers before. This takes one pass of
+    the model and two of `changed` over windows (N, T + 1), and 8 N T C + 8 (K + C + 1)^2 bytes. Raises UserError if one
+    computes NaN or infinity.
     """
     device, C = model.wte.weight.device, model.config.n_embd
     refitted = copy.deepcopy(changed)
@@ -144,11 +143,14 @@ def refit_stepwise(model: GPT, changed: GPT, windows: Tensor, batch_size: int, r
     return refitted
 
 
-def _correct(c_proj: nn.Linear, inputs: Moments, mean_error: Tensor, covariance: Tensor, ridge: float) -> None:
+def _correct(c_proj: nn.Linear, inputs: Moments, mean_error: Tensor, covariance: Tensor, ridge: float | None) -> None:
     """Add to c_proj the ridge regression of an error (mean (C,), covariance with the inputs (K, C)) on its inputs."""
+    if ridge is None:
+        c_proj.bias.copy_(c_proj.bias.double() + mean_error)
+        return
     penalised = inputs.covariance.clone()
     if len(inputs.mean):
-        # Not the variance, of which rounding alone is left where channels never vary. All of them may be 0.
+        # Not the variance, which is rounding error where channels are constant. All squares may be 0.
         squares = inputs.covariance.diagonal() + inputs.mean.square()
         penalised.diagonal().add_((ridge * squares.mean()).clamp(min=torch.finfo(torch.float64).tiny))
     change = torch.cholesky_solve(covariance, torch.linalg.cholesky(penalised))
@@ -157,7 +159,7 @@ def _correct(c_proj: nn.Linear, inputs: Moments, mean_error: Tensor, covariance:
 
 
 def pair_heads(order: Sequence[Head], similarity: np.ndarray, heads: Sequence[Head]) -> list[Head | None]:
-    """For each head of `order`, its twin: the most similar one left in its layer when it goes, None if there is none.
+    """The twin of each head of `order`: the most similar head left in its layer at its removal, None if none is left.
 
     similarity (M, M) has a row and a column for each of `heads`.
     """
@@ -172,15 +174,15 @@ def pair_heads(order: Sequence[Head], similarity: np.ndarray, heads: Sequence[He
 
 @torch.no_grad()
 def merge(model: GPT, order: Sequence[Head], similarity: np.ndarray, moments: Sequence[Moments]) -> GPT:
-    """A copy of the model without these heads, each folded into its twin when it goes, in the order given.
+    """A copy of the model without these heads, each folded into its twin, in the given order.
 
-    A head adds z W_O to its layer's output, where z = A x W_V + b_V are its weighted values. The twin's pattern A now
-    serves both, and (W_V, W_O) of both is one circuit of rank 2 D at most, of which the D directions are kept in which
-    the heads' outputs vary most over the calibration tokens; the mean of the rest goes to the bias of c_proj. A twin
-    that goes in turn takes along what was folded into it. The last head of a layer leaves the mean of what it wrote.
+    A head adds z W_O to its layer's output, where z = A x W_V + b_V are its weighted values. With the twin's pattern A
+    for both, (W_V, W_O) of both is one circuit of rank 2 D at most. The D directions are kept in which the heads'
+    outputs vary most over the calibration tokens; the mean of the rest is added to the bias of c_proj. A twin that is
+    removed later is folded with all that it contains. The last head of a layer leaves its mean output.
 
-    similarity (M, M) are the cosines of the patterns; `moments` are the whole model's, from gather_moments. A merge
-    takes about 2 K^2 D + 4 C D^2 operations in float64 and no matrix larger than K x K or 2 D x C.
+    similarity (M, M): cosines of the patterns; moments: the whole model's, from gather_moments. A merge takes about
+    2 K^2 D + 4 C D^2 float64 operations and no matrix larger than K x K or 2 D x C.
     """
     merged = remove_heads(model, order)
     twins = pair_heads(order, similarity, list_heads(model.config))
@@ -197,7 +199,7 @@ def _fold(
 ) -> None:
     """Write into `left` the circuits of the heads of `whole` that remain after the folds, (head, twin) each."""
     D, K = whole.head_dim, whole.n_head * whole.head_dim
-    # The values of a head are those of all heads times a (K, D); what it writes is its outputs times a (D, C).
+    # A head's values are those of all heads times its mix (K, D); it writes its outputs times its write (D, C).
     mixes = dict(enumerate(torch.eye(K, dtype=torch.float64, device=moments.mean.device).split(D, dim=1)))
     writes = dict(enumerate(whole.c_proj.weight.double().t().split(D)))
     bias = whole.c_proj.bias.double()
@@ -226,15 +228,8 @@ def _main_directions(covariance: Tensor, write: Tensor, count: int) -> Tensor:
     return torch.linalg.svd(root @ write, full_matrices=False).Vh[:count]
 
 
-def _by_layer(model: GPT, outputs: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """For each layer of the model the outputs (B, T, K) of its heads, an empty list where it has none."""
-    captured = iter(outputs)
-    for n_head in model.config.layer_heads:
-        yield [next(captured).flatten(2)] if n_head else []
-
-
 class _Watched(NamedTuple):
-    """Of the attention of a layer: the outputs (B, T, K) of its heads, if it has any, and what it writes (B, T, C)."""
+    """Head outputs (B, T, K) of a layer, empty if it has no heads, and the output (B, T, C) of its attention."""
 
     outputs: list[Tensor]
     written: list[Tensor]
@@ -242,7 +237,7 @@ class _Watched(NamedTuple):
 
 @contextmanager
 def _watch(attn: CausalSelfAttention) -> Iterator[_Watched]:
-    """Collect what the attention of a layer computes; the hooks are gone after the block."""
+    """Record the attention of a layer while the context is open."""
     watched = _Watched([], [])
     hooks = (
         attn.c_proj.register_forward_pre_hook(lambda module, args: watched.outputs.append(args[0])),
@@ -256,15 +251,13 @@ def _watch(attn: CausalSelfAttention) -> Iterator[_Watched]:
 
 
 class _Sums:
-    """Running sums of the products of K quantities, and of the quantities, over tokens."""
+    """Running sums of K quantities and of their products over tokens."""
 
     def __init__(self, size: int, device: torch.device):
         self._gram = torch.zeros(size + 1, size + 1, dtype=torch.float64, device=device)
 
     def add(self, *parts: Tensor) -> None:
-        """Add tokens, whose quantities stand in parts (B, T, ...)."""
-        if not parts:
-            return
+        """Add tokens, their quantities given in parts (B, T, ...)."""
         one = parts[0].new_ones(*parts[0].shape[:2], 1)
         rows = torch.cat([*parts, one], -1).flatten(0, 1).double()
         self._gram.addmm_(rows.t(), rows)

@@ -1,4 +1,4 @@
-"""What pruned models score on the benchmark, beside the whole one."""
+"""Benchmark scores of pruned models, compared with the whole model."""
 
 from collections.abc import Mapping
 

@@ -1,4 +1,4 @@
-"""How fast models with fewer heads read a prompt and write what follows, measured."""
+"""Measured prefill and decoding speed of models with fewer heads."""
 
 import statistics
 import time
@@ -11,18 +11,17 @@ from gpt2.model.gpt import GPT
 from gpt2.sampling.cache import Cache
 
 ROUNDS = 3
-# Tokens written at most, after half of the context.
+# At most this many tokens are decoded, after half of the context.
 MAX_WRITTEN = 16
 
 
 @torch.no_grad()
 def compare_speed(models: Mapping[str, GPT], windows: Tensor) -> dict[str, float]:
-    """<name>_prefill_tokens_per_s and _decode_tokens_per_s of each model, of one sequence and, _batch_, of all B.
+    """<name>_prefill_tokens_per_s and _decode_tokens_per_s of each model for one sequence and, _batch_, for all B.
 
-    Prefill: the first half of the context of windows (B, T + 1) passes the model once. Decode: token after token is
-    added by the cache, the likeliest each time. Both end with the logits of a next token. On a GPU also the most memory
-    that was taken at once, model included: _peak_memory_gib. The median of ROUNDS; the models take turns, so that a
-    machine that slows down slows all of them.
+    Prefill: one pass over the first half of the context of windows (B, T + 1). Decode: greedy decoding with the cache.
+    Both end with the logits of a next token. On a GPU also <name>_peak_memory_gib, model included. Medians of ROUNDS;
+    the models take turns, so a slowdown of the machine affects all of them.
     """
     seconds: dict[str, list[float]] = {}
     peaks: dict[str, float] = {}
@@ -44,9 +43,9 @@ def compare_speed(models: Mapping[str, GPT], windows: Tensor) -> dict[str, float
 
 
 def _rates(model: GPT, prompts: Tensor) -> tuple[float, float]:
-    """Tokens/s of reading prompts (B, T) and of writing after them."""
+    """Tokens/s of the prefill of prompts (B, T) and of decoding after them."""
     cache, written = Cache(model, len(prompts)), min(MAX_WRITTEN, model.config.block_size - prompts.shape[1])
-    # On a GPU the second step is recorded, which counts in no rate.
+    # On a GPU the second step records the CUDA graph, which is not timed.
     cache.begin(prompts)
     for _ in range(min(2, written)):
         cache.extend(prompts[:, -1:])
@@ -59,5 +58,5 @@ def _rates(model: GPT, prompts: Tensor) -> tuple[float, float]:
 
 
 def _likeliest(model: GPT, hidden: Tensor) -> Tensor:
-    """Next tokens (B, 1) after hidden states (B, C), on the CPU, so that a GPU has finished."""
+    """Most probable next tokens (B, 1) after hidden states (B, C); copying them to the CPU waits for a GPU."""
     return (model.wte.weight[: model.config.vocab_size] @ hidden.t()).argmax(0)[:, None].cpu()

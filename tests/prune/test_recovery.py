@@ -8,7 +8,8 @@ from gpt2.data.order import TrainOrder
 from gpt2.data.shards import TokenSet, Vocabulary, write_split
 from gpt2.heads.similarity import Head
 from gpt2.model.evaluate import mean_loss
-from gpt2.prune.recovery import recover, summarise_recovery
+from gpt2.pipeline.files import UserError
+from gpt2.prune.recovery import recover
 from gpt2.prune.remove import remove_heads
 from tests.analysed import BLOCK_SIZE, VOCAB_SIZE, make_model
 
@@ -40,18 +41,12 @@ def test_training_lowers_the_loss_and_leaves_the_model_before_alone(norm, order)
     assert all(torch.equal(tensor, again[name]) for name, tensor in recovered.state_dict().items())
 
 
-def test_no_step_changes_no_bit_and_no_figure(order):
+def test_no_step_changes_no_bit(order):
     pruned = remove_heads(make_model(), REMOVED)
     same = recover(pruned, order, 0, 1e-2)
     assert all(torch.equal(tensor, same.state_dict()[name]) for name, tensor in pruned.state_dict().items())
-    assert summarise_recovery({}, same, 0, read_windows(order), 4) == {"recovery_steps": 0}
 
 
-def test_the_figures_of_the_saved_model_are_those_after_the_training(order):
-    model, windows = make_model(), read_windows(order)
-    figures = {"baseline_perplexity": 50.0, "pruned_perplexity": 60.0, "pruned_perplexity_rise_percent": 20.0}
-    found = summarise_recovery(figures, model, 7, windows, 4)
-    perplexity = np.exp(mean_loss(model, windows, 4))
-    assert found["pruned_perplexity"] == pytest.approx(perplexity)
-    assert found["pruned_perplexity_rise_percent"] == pytest.approx(2 * perplexity - 100)
-    assert (found["recovery_steps"], found["pruned_perplexity_before_recovery"]) == (7, 60.0)
+def test_refuses_a_rate_at_which_the_training_diverges(order):
+    with pytest.raises(UserError, match=r"prune\.recovery_max_lr=1e\+30: .* diverged at step \d+; lower"):
+        recover(remove_heads(make_model(), REMOVED), order, 20, 1e30)

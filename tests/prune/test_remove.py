@@ -18,12 +18,13 @@ from gpt2.model.weights import load_model, save_model
 from gpt2.pipeline import params
 from gpt2.pipeline.files import UserError, read_json
 from gpt2.prune import criteria, frontier
+from gpt2.prune.bootstrap import draw_weights
 from gpt2.prune.criteria import ONE_SHOT, mask_heads, order_by_redundancy, order_by_score
 from gpt2.prune.frontier import Column, Evaluator, Frontier
 from gpt2.prune.remove import PruneConfig, count_removals, remove_heads
 from gpt2.prune.repair import gather_calibration, remove_and_repair
 from gpt2.prune.similarity_orders import SIMILAR_ORDERS
-from gpt2.report import measures
+from gpt2.prune.study import loss_without_attention, read_text
 from stages import head_similarity
 from stages import prune as prune_stage
 from tests.analysed import BLOCK_SIZE, SECTIONS, make_model, make_windows, prepare_folder, read_outputs
@@ -154,7 +155,7 @@ def test_refuses_shares_of_no_head_or_all(share):
         ("eval_tokens", -5, r"tiny.prune.eval_tokens = -5"),
         ("calibration_tokens", 0, r"tiny.prune.calibration_tokens = 0"),
         ("random_sets", 0, r"tiny.prune.random_sets = 0"),
-        ("greedy_tokens", 0, r"tiny.prune.greedy_tokens = 0"),
+        ("selection_tokens", 0, r"tiny.prune.selection_tokens = 0"),
         ("shares", [-0.1], r"tiny.prune.shares.0 = -0.1"),
         ("shares", [1.5], r"tiny.prune.shares.0 = 1.5"),
         ("shares", [float("nan")], r"tiny.prune.shares.0 = nan"),
@@ -268,8 +269,8 @@ def test_frontier_is_the_perplexity_of_the_pruned_models(windows):
     samples = [math.exp(mean_loss(remove_heads(model, order[:2]), windows, 5)) for order in orders["random"]]
     random = [measured.perplexity[name][1] for name in ("random", "random_low", "random_high")]
     assert random == [pytest.approx(value) for value in (sum(samples) / 3, min(samples), max(samples))]
-    for column in frontier.COLUMNS[-2:]:
-        repaired = remove_and_repair(model, orders["redundancy"][0][:6], column.repair, calibration)
+    for column in (column for column in frontier.COLUMNS if column.repair in ("mean", "merge", "merge_refit")):
+        repaired = remove_and_repair(model, orders[column.criterion][0][:6], column.repair, calibration)
         assert measured.perplexity[column.name][2] == perplexity(repaired)
     refitted = remove_and_repair(model, orders["random"][2][:6], "refit", calibration)
     found = math.exp(mean_loss(refitted, windows, 5))
@@ -300,15 +301,6 @@ def make_frontier(**rises: list[float]) -> Frontier:
     return Frontier([0, 1, 2, 3], losses)
 
 
-def test_the_report_reads_every_column():
-    assert sorted(column.name for column in frontier.COLUMNS) == sorted((*measures.CRITERIA, *measures.REPAIRED))
-    assert sorted(measures.CHOSEN_REPAIRED) == sorted(c.name for c in frontier.SELECTABLE if c.repair != "none")
-    assert {column.repair for column in frontier.COLUMNS} == {"none", *measures.REPAIRS}
-    for column in frontier.COLUMNS:
-        criterion, repair = measures.name_pruning(column.name)
-        assert (criterion, repair) == (column.criterion, measures.REPAIRS.get(column.repair, "none"))
-
-
 ORDERS = {
     name: [[Head(layer, i) for layer in range(4)]]
     for i, name in enumerate(dict.fromkeys(column.criterion for column in frontier.COLUMNS))
@@ -324,7 +316,7 @@ def test_rise_and_most_removed():
     assert measured.most_removed("magnitude", 5.0) == 0
 
 
-def test_the_range_of_several_orders_stands_beside_their_mean():
+def test_several_orders_give_their_mean_and_range():
     losses = [np.zeros((2, 3)), np.log([[1.1] * 3, [1.5] * 3])]
     measured = Frontier([0, 4], {"random": losses})
     assert {name: values[1] for name, values in measured.perplexity.items()} == {
@@ -342,7 +334,7 @@ def test_intervals_stand_for_every_column_and_count(windows):
     measured = frontier.measure_frontier(
         Evaluator(model, calibration, windows, 5), make_orders(model, windows), [0, 2, 6], columns
     )
-    header, rows = frontier.tabulate_intervals(measured)
+    header, rows = frontier.tabulate_intervals(measured, draw_weights(np.arange(5)))
     assert header == ["column", "heads_removed", "rise_percent", "low", "high"]
     assert [row[:2] for row in rows] == [[column.name, count] for column in columns for count in (2, 6)]
     assert all(low < rise < high for _, _, rise, low, high in rows)
@@ -362,6 +354,55 @@ def test_intervals_stand_for_every_column_and_count(windows):
 def test_choice_of_the_saved_model(rises, name, n_removed):
     chosen, removed = frontier.choose_removed(make_frontier(**rises), ORDERS, limit_percent=5.0)
     assert (chosen.name, removed) == (name, ORDERS[chosen.criterion][0][:n_removed])
+
+
+def test_columns_are_measured_down_to_the_largest_set_below_the_limit(windows):
+    model = make_model()
+    calibration, orders = gather_calibration(model, windows, 5, 1e-3, np.eye(12)), make_orders(model, windows)
+    counts = [0, 2, 4, 6, 8]
+    full = frontier.measure_frontier(Evaluator(model, calibration, windows, 5), orders, counts)
+    for limit in (0.0, np.median([full.rise_percent("random", count) for count in counts[1:]]), 1e9):
+        part = frontier.measure_frontier(Evaluator(model, calibration, windows, 5), orders, counts, limit_percent=limit)
+        for name in full.perplexity:
+            most = full.most_removed(name, limit)
+            assert part.most_removed(name, limit) == most
+            assert part.rise_percent(name, most) == full.rise_percent(name, most)
+    assert all(np.isnan(rows[1]).all() and not np.isnan(rows[-1]).any() for rows in part.losses.values())
+
+
+def test_selection_windows_choose_and_test_windows_judge():
+    model, test, selection = (
+        make_model(),
+        make_frontier(taylor=[1, 2, 4.9], loss=[1, 9, 9]),
+        make_frontier(taylor=[1, 2, 5.1]),
+    )
+    chosen, removed = frontier.choose_removed(selection, ORDERS, limit_percent=5.0)
+    assert (chosen.name, len(removed)) == ("taylor", 2)
+    figures = frontier.summarise_frontier(model, test, selection, chosen, removed, draw_weights(np.arange(2)))
+    # 15 % of 12 heads are 2.
+    assert figures["taylor_perplexity_rise_percent_at_15"] == pytest.approx(2)
+    assert figures["taylor_max_pruned_percent_below_5"] == pytest.approx(100 * 2 / 12, abs=1e-5)
+    assert figures["loss_max_pruned_percent_below_5"] == 0
+    assert figures["pruned_perplexity_rise_percent"] == pytest.approx(2)
+    # The test windows decide nothing.
+    others = make_frontier(taylor=[9, 9, 9])
+    assert frontier.summarise_frontier(model, others, selection, chosen, removed, draw_weights(np.arange(2)))[
+        "taylor_max_pruned_percent_below_5"
+    ] == pytest.approx(100 * 2 / 12, abs=1e-5)
+
+
+@pytest.mark.parametrize(("scoring", "selection"), [(100, 50), (96, 96), (24, 300)])
+def test_scoring_and_selection_windows_are_disjoint_and_spread_over_the_split(scoring, selection, tmp_path):
+    prepare_folder(tmp_path, make_model())
+    values = SECTIONS["prune"] | {"scoring_tokens": scoring, "selection_tokens": selection}
+    text = read_text(tmp_path / "data" / "tokens", BLOCK_SIZE, params.build(PruneConfig, values, "tiny.prune"))
+    assert (len(text.scoring), len(text.selection)) == (scoring // BLOCK_SIZE, selection // BLOCK_SIZE)
+    stream = TokenSet(tmp_path / "data" / "tokens", "val").read(0, 500).astype(np.int64)
+    positions = {tuple(stream[start : start + BLOCK_SIZE + 1]): start for start in range(500 - BLOCK_SIZE)}
+    starts = [[positions[tuple(window.tolist())] for window in windows] for windows in (text.scoring, text.selection)]
+    assert len({start // BLOCK_SIZE for start in (*starts[0], *starts[1])}) == len(starts[0]) + len(starts[1])
+    for own in starts:
+        assert max(np.diff([0, *own, 500])) <= 2.5 * 500 / (1 + len(own))
 
 
 def test_costs_count_what_the_pruned_model_has():
@@ -419,29 +460,38 @@ def test_stage_is_reproducible_bit_for_bit(tmp_path, monkeypatch):
     rise = 100 * (float(rows[2]["taylor"]) / figures["baseline_perplexity"] - 1)
     assert figures["taylor_perplexity_rise_percent_at_15"] == pytest.approx(rise, abs=1e-4)
     assert -1 <= figures["pruned_hellaswag_acc_norm_difference"] <= 1 and figures["random_sets"] == 3
-    assert figures["greedy_tokens"] == 48
+    assert (figures["scoring_tokens"], figures["selection_tokens"]) == (96, 48)
+    # The invented tokens are a single document.
+    assert figures["eval_document_groups"] == 1 and figures["attention_loss"] != 0
     for key in ("", "similarity_qk_"):
         low, rise, high = (figures[f"{key}perplexity_rise_percent_at_15{end}"] for end in ("_low", "", "_high"))
         assert low < rise < high
         assert 0 <= figures[f"{key}cheaper_random_sets_at_15"] <= 3
+        assert figures[f"{key}matched_random_sets_at_15"] == 3 >= figures[f"{key}cheaper_matched_random_sets_at_15"]
     with open(tmp_path / "plots" / "prune" / "intervals.csv") as file:
-        assert len(list(csv.DictReader(file))) == 3 * len(frontier.COLUMNS)
+        assert len(list(csv.DictReader(file))) == 3 * len((*frontier.COLUMNS, *frontier.SIMILAR))
     with open(tmp_path / "plots" / "prune" / "similarities.csv") as file:
-        assert (
-            {row["order"] for row in csv.DictReader(file)}
-            == {"redundancy", *SIMILAR_ORDERS}
-            == {*measures.SIMILARITIES}
-        )
+        assert {row["order"] for row in csv.DictReader(file)} == {"redundancy", *SIMILAR_ORDERS}
     models = ["pruned", *(f"heads_removed_{count}" for count in (0, 1, 2, 6))]
     timed = read_json(tmp_path / "metrics" / "speed" / "prune.json")
-    assert timed.keys() >= {f"{name}_{rate}" for name in models for rate in measures.PRUNED_RATES}
+    assert timed.keys() >= {f"{name}_{phase}_tokens_per_s" for name in models for phase in ("prefill", "decode")}
+
+
+def test_attention_loss_is_the_rise_without_the_output_of_any_head(windows):
+    model, silent = make_model(), make_model()
+    for block in silent.h:
+        block.attn.c_proj.weight.data.zero_()
+    found = loss_without_attention(model, windows, 2)
+    assert found == pytest.approx(mean_loss(silent, windows, 2), abs=1e-6) != mean_loss(model, windows, 2)
 
 
 def test_stage_saves_the_whole_model_when_no_share_qualifies(tmp_path, monkeypatch):
-    # The model knows the test tokens by heart, so that each head it loses costs something.
+    # The model is trained on the validation and test tokens, so that each head that it loses costs something.
     model = make_model()
     prepare_folder(tmp_path, model, prune={"limit_percent": 1e-6})
-    learned = spread_windows(TokenSet(tmp_path / "data" / "tokens", "test"), BLOCK_SIZE, 200)
+    learned = torch.cat(
+        [spread_windows(TokenSet(tmp_path / "data" / "tokens", split), BLOCK_SIZE, 480) for split in ("val", "test")]
+    )
     optimizer = torch.optim.Adam(model.parameters(), lr=1e-2)
     for _ in range(60):
         optimizer.zero_grad()
@@ -475,13 +525,13 @@ def test_stage_trains_the_pruned_model_if_asked(tmp_path, monkeypatch):
     ("key", "split"),
     [
         ("scoring_tokens", "val"),
-        ("greedy_tokens", "val"),
+        ("selection_tokens", "val"),
         ("eval_tokens", "test"),
         ("calibration_tokens", "train"),
     ],
 )
 def test_stage_refuses_too_few_tokens(key, split, tmp_path, monkeypatch):
-    message = f"prune: data/tokens/{split} has 500 tokens, 20 windows of 24; 1000 tokens, 41 windows, were asked for"
+    message = rf"prune: data/tokens/{split} has 500 tokens, 20 windows of 24; \d+ tokens, 4\d windows, were asked for"
     with pytest.raises(SystemExit, match=message):
         run_stages(tmp_path, monkeypatch, make_model(), prune={key: 1000})
 

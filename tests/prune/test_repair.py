@@ -18,7 +18,7 @@ NORMS = ("preln", "postln", "deepnorm")
 RIDGE = 1e-3
 # A head of the first layer, all of the second, none of the third.
 REMOVED = [Head(0, 2), *(Head(1, index) for index in range(4))]
-REPAIRS = ("refit", "stepwise", "merge", "merge_refit")
+REPAIRS = ("mean", "refit", "stepwise", "merge", "merge_refit")
 
 
 @pytest.fixture(scope="module")
@@ -142,6 +142,24 @@ def test_a_strong_ridge_leaves_the_weights_and_a_weak_one_finds_least_squares(wi
 
 
 @pytest.mark.parametrize("norm", NORMS)
+def test_the_mean_repair_keeps_the_weights_and_the_mean_of_each_layer(norm, similarity, windows):
+    model = make_model(norm)
+    plain, repaired = remove_heads(model, REMOVED), apply("mean", model, REMOVED, similarity, windows)
+    for name, tensor in plain.state_dict().items():
+        assert torch.equal(tensor, repaired.state_dict()[name]) or name.endswith("attn.c_proj.bias")
+    errors = []
+
+    def keep(module, args, output, other) -> None:
+        errors.append((output - other.attn(*args)).mean((0, 1)).abs().max().item())
+
+    for block, other in zip(model.h, repaired.h, strict=True):
+        block.attn.register_forward_hook(lambda *call, other=other: keep(*call, other))
+    with torch.no_grad():
+        model.hidden(windows[:, :-1])
+    assert max(errors) < 1e-5
+
+
+@pytest.mark.parametrize("norm", NORMS)
 @pytest.mark.parametrize("removed", [[Head(1, 2)], REMOVED[1:]], ids=["a head", "all heads"])
 def test_both_refits_agree_where_nothing_went_astray_before(norm, removed, windows):
     model = make_model(norm)
@@ -229,7 +247,7 @@ def test_refit_after_merge_ends_nearer_to_the_model(norm, similarity, windows):
     with torch.no_grad():
         whole, merged, both = (
             changed.hidden(windows[:, :-1])
-            for changed in (model, *(apply(name, model, order, similarity, windows) for name in REPAIRS[2:]))
+            for changed in (model, *(apply(name, model, order, similarity, windows) for name in REPAIRS[3:]))
         )
     assert (both - whole).square().mean() < 0.9 * (merged - whole).square().mean()
 
@@ -297,9 +315,7 @@ def test_refuses_a_model_that_computes_no_numbers(windows):
 
 
 def test_refuses_a_model_that_was_pruned_before(similarity, windows):
-    pruned = remove_heads(make_model(), REMOVED)
-    moments = repair.gather_moments(pruned, windows, 16)
-    assert [len(moment.mean) for moment in moments] == [24, 0, 32]
+    pruned, moments = remove_heads(make_model(), REMOVED), repair.gather_moments(make_model(), windows, 16)
     with pytest.raises(UserError, match="already pruned"):
         repair.refit(pruned, [Head(0, 0)], moments, RIDGE)
     with pytest.raises(UserError, match="already pruned"):

@@ -11,8 +11,7 @@ from gpt2.prune.criteria import score_taylor
 from gpt2.prune.frontier import Evaluator
 from gpt2.prune.remove import remove_heads
 from gpt2.prune.repair import gather_calibration
-from gpt2.prune.single_heads import COST_PREDICTORS, COST_SIMILARITIES, HeadCost, correlate_costs, cost_each_head
-from gpt2.report import measures
+from gpt2.prune.single_heads import COST_PREDICTORS, COST_SIMILARITIES, HeadCost, correlate_costs, cost_each_head, holm
 from tests.analysed import make_model, make_windows
 
 
@@ -65,11 +64,41 @@ def test_correlations_are_spearmans():
     assert figures["taylor_rank_correlation"] == pytest.approx(expected, abs=1e-6)
     assert figures["similarity_rank_correlation_low"] == figures["similarity_rank_correlation_high"] == -1
     kinds = [f"{name}_rank_correlation{place}" for name in COST_PREDICTORS for place in ("", "_in_layer")]
-    ends = [f"{kind}{end}" for kind in kinds for end in ("", "_low", "_high")]
-    assert list(figures) == ends and COST_PREDICTORS == tuple(measures.PREDICTOR_NAMES)
+    assert figures.keys() == {f"{kind}{end}" for kind in kinds for end in ("", "_low", "_high", "_p")}
 
 
-def test_what_tells_no_more_than_the_layer_correlates_with_nothing_in_it():
+def test_holm_adjusts_as_published():
+    # Smallest times 4, next times 3, and so on, never below one before.
+    assert holm(np.array([0.04, 0.01, 0.03, 0.02])) == pytest.approx([0.06, 0.04, 0.06, 0.06])
+    assert holm(np.array([0.9, 0.5])) == pytest.approx([1, 1])
+
+
+def test_p_values_follow_the_expected_direction_and_agree_with_scipy():
+    costs = make_costs(32, noise=0.6)
+    figures = correlate_costs(costs)
+    # All similarities have the correlation -1, the smallest p value that 9,999 permutations give, times 14 tests.
+    assert figures["similarity_rank_correlation_p"] == pytest.approx(14e-4)
+    opposite = correlate_costs([cost._replace(similarity=-cost.similarity) for cost in costs])
+    assert opposite["similarity_rank_correlation_p"] == 1
+    weak = make_costs(32, noise=1.0, seed=3)
+    weak = [cost._replace(**dict.fromkeys(COST_SIMILARITIES, 0.5)) for cost in weak]
+    expected = spearmanr([c.taylor for c in weak], [c.loss_rise for c in weak], alternative="greater").pvalue
+    found = correlate_costs(weak)["taylor_rank_correlation_p"]
+    # The two kinds of test agree, in one layer; Holm takes the smallest times 14, and the next at least as much.
+    assert 14 * 0.5 * expected < found < max(14e-4, 14 * 2 * expected) + 0.01 or found == 1
+
+
+def test_unrelated_predictors_are_rarely_significant():
+    significant = 0
+    for seed in range(12):
+        rng = np.random.default_rng(seed)
+        costs = [HeadCost(i // 8, i % 8, *rng.normal(size=8).tolist()) for i in range(32)]
+        significant += min(value for key, value in correlate_costs(costs).items() if key.endswith("_p")) < 0.05
+    # At most 5 % of families; a single test of each at 5 % would reject in half of them.
+    assert significant <= 2
+
+
+def test_a_predictor_of_the_layer_alone_does_not_correlate_within_layers():
     rng, costs = np.random.default_rng(1), []
     for i in range(200):
         layer = i // 50
