@@ -23,7 +23,7 @@ SECTIONS = {
         "random_sets": 3,
         "calibration_tokens": 300,
         "scoring_tokens": 100,
-        "greedy_tokens": 50,
+        "selection_tokens": 50,
         "eval_tokens": 200,
         "batch_size": 3,
         "ridge": 1e-3,

@@ -66,7 +66,7 @@ SETTINGS = {
                  "top_p": 1.0, "seed": 1},
     "heads": {"n_tokens": 320, "batch_size": 4, "threshold": 0.85, "null_percentile": 95, "seed": 1},
     "prune": {"shares": [0.25, 0.5], "random_seeds": [1, 2], "random_sets": 3, "calibration_tokens": 320,
-              "scoring_tokens": 320, "greedy_tokens": 64, "eval_tokens": 320, "batch_size": 4, "ridge": 1e-3,
+              "scoring_tokens": 320, "selection_tokens": 320, "eval_tokens": 320, "batch_size": 4, "ridge": 1e-3,
               "limit_percent": 5.0, "recovery_steps": 0, "recovery_max_lr": 1e-3, "recovery_seed": 1},
     "replicates": {"seeds": [2, 3]},
 }  # fmt: skip
