@@ -7,7 +7,6 @@ stage tokenizer-study does it. Only the small models are left out: their budget 
 """
 
 import os
-import resource
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -23,15 +22,10 @@ from gpt2.model.config import ModelShape
 from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import write_json, write_text
 from gpt2.pipeline.params import load, read
+from gpt2.pipeline.stage import peak_memory_gib
 from gpt2.prepare.corpus import Document, new_corpus
-from gpt2.tokenizer.bpe import VocabularyConfig, own_peak_memory_gib
-from gpt2.tokenizer_study.study import (
-    TokenizerStudyConfig,
-    count_bytes,
-    read_study_text,
-    study_vocabularies,
-    train_apart,
-)
+from gpt2.tokenizer.bpe import VocabularyConfig, train_encodings
+from gpt2.tokenizer_study.study import TokenizerStudyConfig, count_bytes, read_study_text, study_vocabularies
 
 RESULT, DATA = Path("bench/results/vocabularies.md"), Path("bench/results/vocabularies.json")
 SCALE = "full"
@@ -47,7 +41,7 @@ def read_texts(files: Iterable[Path]) -> Iterator[str]:
 
 
 def measure(files: Sequence[Path]) -> dict:
-    """Seconds of each step, seconds and memory of each vocabulary, and the largest process."""
+    """Seconds of each step, and the peak memory."""
     load_before = os.getloadavg()[0]
     values = {**read(), "scale": SCALE}
     config, shape = load("tokenizer_study", TokenizerStudyConfig, values), load("model", ModelShape, values)
@@ -62,18 +56,17 @@ def measure(files: Sequence[Path]) -> dict:
         started = time.perf_counter()
         text = read_study_text(config, vocabulary, corpus)
         seconds["count words"] = time.perf_counter() - started
-        trained, speed = train_apart(config.vocab_sizes, vocabulary, corpus)
+        trained = train_encodings(text.training, config.vocab_sizes)
         seconds["train all"] = time.perf_counter() - started - seconds["count words"]
         study_vocabularies(text, trained, config, shape)
         seconds["all"] = time.perf_counter() - started
     seconds["measure"] = seconds["all"] - seconds["count words"] - seconds["train all"]
-    children = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / (2**30 if sys.platform == "darwin" else 2**20)
     return {
         "day": date.today().isoformat(), "load": load_before, "processor": describe_processor(),
         "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "tokenizers": tokenizers.__version__, "python": sys.version.split()[0],
         "training_bytes": count_bytes(text.training), "sizes": list(config.vocab_sizes), "seconds": seconds,
-        "speed": speed, "peak_gib": max(own_peak_memory_gib(), children),
+        "peak_gib": peak_memory_gib(),
     }  # fmt: skip
 
 
@@ -85,15 +78,11 @@ def tabulate(data: dict) -> str:
         f"{data['python']}, tokenizers {data['tokenizers']}; {data['training_bytes'] / 1e6:,.0f} MB of training text; "
         f"the machine had a load of {data['load']:.1f} before.\n",
         "```\npython -m bench.vocabularies FILE...\n```\n",
-        "Each vocabulary is trained by itself, in a process of its own, which reads the text first.\n",
-        "| vocabulary | seconds | peak memory (GiB) |\n|--:|--:|--:|",
+        f"The vocabulary of {data['sizes'][-1]:,} tokens is trained; smaller ones are its prefixes.",
     ]
-    for size in data["sizes"]:
-        taken, peak = (data["speed"][f"bpe_{size}_train_{key}"] for key in ("seconds", "peak_memory_gib"))
-        lines.append(f"| {size:,} | {taken:,.1f} | {peak:.2f} |")
     lines.append(
         f"\nThe stage without its small models took {seconds['all']:,.1f} s: {seconds['count words']:,.1f} to read the "
-        f"text and count its words, {seconds['train all']:,.1f} to train all vocabularies, {seconds['measure']:,.1f} "
+        f"text and count its words, {seconds['train all']:,.1f} to train it, {seconds['measure']:,.1f} "
         f"to measure them and GPT-2's on held-out text. The largest process had {data['peak_gib']:.2f} GiB."
     )
     return "\n".join(lines) + "\n"

@@ -12,6 +12,7 @@ from gpt2.heads.redundancy import COSINES
 from gpt2.heads.similarity import HeadsConfig
 from gpt2.heads.study import summarise_heads
 from gpt2.model.config import GPTConfig
+from gpt2.norm_study.tables import tabulate_settings
 from gpt2.pipeline.files import write_csv, write_json
 from gpt2.prune.similarity_orders import SIMILAR_ORDERS
 from gpt2.prune.single_heads import COST_PREDICTORS, COST_SIMILARITIES, HeadCost
@@ -20,14 +21,16 @@ from gpt2.report.names import PRUNED_RATES
 from gpt2.report.results import Results
 
 NORMS = ("preln", "postln", "deepnorm")
-TABLE_COLUMNS = (
-    *("norm", "max_lr", "warmup_steps", "seeds", "val_loss", "val_loss_low", "val_loss_high"),
-    *("loss_spikes", "diverged", "diverged_at_step", "stalled", "max_grad_norm"),
-)
+RUN_KEYS = ("arm", "norm", "max_lr", "warmup_steps", "seed")
 LAYER_COLUMNS = ("step", "layer", "grad_norm", "activation_norm")
 CRITERIA = ("redundancy", "taylor", "magnitude", "random", "loss", "taylor_iterative")
 # Bits per byte at the best size, overall and of rare words: mean, lowest, highest, even guess.
 CENTRES = (2.5, 2.4, 2.6, 4.5, 4.0, 3.9, 4.1, 5.0)
+# Of a choice of heads, next to random sets.
+SETS = {"cheaper_random_sets_at_15": 40, "matched_random_sets_perplexity_rise_percent_at_15": 6.0,
+        "cheaper_matched_random_sets_at_15": 3, "matched_random_sets_at_15": 199}  # fmt: skip
+# Figures of the two replicates that differ from those of the main model.
+OTHERS = {"train.val_loss": (3.27, 3.29), "train.val_bits_per_byte": (1.02, 1.0), "heads.redundant_pairs": (6, 9)}
 VOCABULARIES = {"bpe_1024": 1024, "bpe_4096": 4096, "bpe_16384": 16384, "gpt2": 50257}
 
 
@@ -79,12 +82,17 @@ def _invent_training(root: Path) -> None:
         "tokens_seen": 49_999_000_000, "val_loss": 3.28, "val_perplexity": 26.6, "val_bits_per_byte": 1.01,
         "unigram_entropy": 7.1, "max_grad_norm": 3.8, "loss_spikes": 0, "diverged": 0, "diverged_at_step": -1,
         "stalled": 0, "hellaswag_items": 2000, "windows_per_epoch": 900, "windows_in_same_place": 1,
-        "attention_backend": "flash",
+        "attention_backend": "flash", "val_loss_late_fall_percent": 0.5, "hellaswag_acc_norm": 0.30,
+        "hellaswag_first_acc_norm": 0.25, "hellaswag_rank_correlation": 0.9, "hellaswag_evaluations": 6,
     }  # fmt: skip
     write_json(root / "metrics/train.json", train)
     scores = {"completion_acc": 0.28, "completion_acc_norm": 0.30, "harness_acc": 0.28, "harness_acc_norm": 0.31}
     stderrs = {f"{key}_stderr": 0.0046 for key in scores}
-    write_json(root / "metrics/hellaswag.json", {"items": 10_042, **scores, **stderrs})
+    clean = {
+        f"{key}_clean{end}": value for key, score in scores.items() for end, value in (("", score), ("_stderr", 0.005))
+    }
+    counts = {"items": 10_042, "documents": 9000, "clean_items": 10_000}
+    write_json(root / "metrics/hellaswag.json", {**counts, **scores, **stderrs, **clean})
     documents = {"documents_train": 9800, "documents_val": 100, "documents_test": 100}
     write_json(root / "metrics/prepare.json", documents)
     tokens = {
@@ -98,16 +106,18 @@ def _invent_training(root: Path) -> None:
 
 
 def _invent_replicates(root: Path) -> None:
-    """The main model, whose figures are those of the metrics, and two replicates."""
+    """The main model and two others, whose figures are the same but for those of OTHERS."""
     figures = {
-        "seed": (1337, 1, 2),
-        "train.val_loss": (3.28, 3.30, 3.26),
-        "train.val_perplexity": (26.6, 27.1, 26.1),
-        "hellaswag.completion_acc_norm": (0.30, 0.29, 0.31),
-        "heads.redundant_pairs": (8, 6, 9),
-        "prune.perplexity_rise_percent_at_15": (3.1, 4.2, 2.9),
+        f"{stem}.{key}": value
+        for stem in ("train", "hellaswag", "heads", "prune")
+        for key, value in json.loads((root / f"metrics/{stem}.json").read_text()).items()
     }
-    write_csv(root / "plots/replicates/models.csv", tuple(figures), zip(*figures.values(), strict=True))
+    models = [{"seed": 1337, **figures}]
+    models += [
+        {**models[0], "seed": seed, **{name: values[place] for name, values in OTHERS.items()}}
+        for place, seed in enumerate((1, 2))
+    ]
+    write_csv(root / "plots/replicates/models.csv", list(models[0]), [list(model.values()) for model in models])
 
 
 def _invent_layers(root: Path, n_layer: int) -> None:
@@ -124,22 +134,30 @@ def _invent_norm_study(root: Path) -> None:
     rng = np.random.default_rng(1)
     learns = 4 + 5 * np.exp(-np.arange(120) / 30) + rng.normal(0, 0.05, 120)
     stalls = np.maximum(learns, 6.8)
-    columns = ("norm", "max_lr", "warmup_steps", "seed", "val_loss", "loss_spikes", "diverged", "diverged_at_step",
-               "stalled", "max_grad_norm")  # fmt: skip
-    settings = [(norm, lr, warmup) for norm in NORMS for lr in (3e-3, 1e-3) for warmup in (0, 10)]
-    runs, table, steps = [], [], []
-    for norm, lr, warmup in settings:
-        spikes, stalled = (int((norm, lr, warmup) == ("postln", 3e-3, place)) for place in (10, 0))
-        loss = 6.9 if stalled else 4.0 + 100 * lr
-        faults = (0, -1, stalled, 5.5)
-        runs += [(norm, lr, warmup, seed, loss, spikes, *faults) for seed in (1, 2)]
-        table.append((norm, lr, warmup, 2, loss, loss, loss, 2 * spikes, 0, -1, 2 * stalled, 5.5))
+    settings = [("main", norm, lr, warmup) for norm in NORMS for lr in (3e-3, 1e-3) for warmup in (0, 10)]
+    settings += [("muon", norm, 1e-3, 10) for norm in NORMS]
+    runs, steps = [], []
+    for setting in settings:
+        spikes, stalled = (int(setting == ("main", "postln", 3e-3, place)) for place in (10, 0))
         curve = stalls if stalled else learns
-        steps += [(norm, lr, warmup, seed, s + 1, curve[s], 0.3 * curve[s]) for seed in (1, 2) for s in range(120)]
+        loss = 6.9 if stalled else 4.0 + 100 * setting[2]
+        faults = (spikes, 0, -1, stalled, 5.5, 1.0 if stalled else 0.2, 1e-4 if stalled else 0.8)
+        for seed in (1, 2):
+            runs.append((*setting, seed, loss, *faults))
+            steps += [(*setting, seed, s + 1, curve[s], 0.3 * curve[s]) for s in range(120)]
+    columns = (*RUN_KEYS, "val_loss", "loss_spikes", "diverged", "diverged_at_step", "stalled", "max_grad_norm",
+               "token_cosine", "grad_ratio")  # fmt: skip
     write_csv(root / "plots/norm_study/runs.csv", columns, runs)
-    write_csv(root / "plots/norm_study/table.csv", TABLE_COLUMNS, table)
-    write_csv(root / "plots/norm_study/curves.csv", (*columns[:4], "step", "loss", "grad_norm"), steps)
-    write_json(root / "metrics/norm_study.json", {"unigram_entropy": 6.8, "unigram_val_loss": 6.85})
+    write_csv(root / "plots/norm_study/curves.csv", (*RUN_KEYS, "step", "loss", "grad_norm"), steps)
+    _tabulate_norms(root)
+    figures = {"unigram_entropy": 6.8, "unigram_val_loss": 6.85, "postln_rough_cmh_p": 0.03, "postln_lost_cmh_p": 0.02}
+    write_json(root / "metrics/norm_study.json", figures)
+
+
+def _tabulate_norms(root: Path) -> None:
+    """Make the table of the norm study of its runs."""
+    folder = root / "plots/norm_study"
+    tabulate_settings(pd.read_csv(folder / "runs.csv")).to_csv(folder / "table.csv", index=False)
 
 
 def _invent_tokenizer_study(root: Path) -> None:
@@ -176,7 +194,14 @@ def _invent_tokenizer_study(root: Path) -> None:
     )
     columns = ("budget", "name", "vocab_size", "seeds", "steps", "bytes", "diverged", *bits)
     write_csv(root / "plots/tokenizer/runs_table.csv", columns, runs)
-    write_json(root / "metrics/tokenizer.json", {"runs_eval_bytes": 40_000, "runs_rare_bytes": 900})
+    table = pd.read_csv(root / "plots/tokenizer/runs_table.csv")
+    seeds = [table.assign(seed=seed, chosen=1, lr=1e-3) for seed in (1, 2, 3)]
+    # Small differences between seeds, the same for all vocabularies.
+    for place, runs_of_seed in enumerate(seeds):
+        runs_of_seed[["bits_per_byte", "rare_bits_per_byte"]] += 0.01 * place
+    pd.concat(seeds).to_csv(root / "plots/tokenizer/runs.csv", index=False)
+    figures = {"runs_eval_bytes": 40_000, "runs_rare_bytes": 900, "cheaper_above_n_embd": 256}
+    write_json(root / "metrics/tokenizer.json", figures)
     examples = [
         ("nan", "rare", *["nan"] * len(VOCABULARIES)),
         ("dataframe", "compound", *["data|frame"] * len(VOCABULARIES)),
@@ -198,8 +223,8 @@ def _invent_heads(root: Path, n_layer: int, n_head: int) -> None:
     for name, table in tables.items():
         write_csv(root / f"plots/head_similarity/{name}.csv", list(table.columns), table.itertuples(index=False))
     claimed = {
-        "redundant_pairs": 8, "redundant_heads": 11, "untrained_redundant_pairs": 2, "shuffled_redundant_pairs": 5,
-        "redundant_pairs_middle_percent": 75.0,
+        "redundant_pairs": 8, "redundant_heads": 11, "redundant_pairs_middle_percent": 75.0,
+        "pairs_above_untrained_centred_threshold_percent": 60.0, "pairs_above_shuffled_centred_threshold_percent": 20.0,
     }  # fmt: skip
     write_json(root / "metrics/heads.json", {**figures, **claimed})
 
@@ -209,7 +234,7 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
     powers = plain | {f"{name}_refit": power / 2 for name, power in plain.items() if "_" not in name}
     powers |= {"random_refit_low": 0.5, "random_refit_high": 1.1}
     powers |= {"redundancy_stepwise": 0.4, "taylor_stepwise": 0.3}
-    powers |= {"redundancy_merge": 0.7, "redundancy_merge_refit": 0.35}
+    powers |= {"redundancy_merge": 0.7, "redundancy_merge_refit": 0.35, "redundancy_mean": 0.9, "taylor_mean": 0.7}
     columns = ("heads_removed", "heads_removed_percent", *powers,
                "params", "flops_per_token", "kv_cache_bytes_per_token", "memory_bytes")  # fmt: skip
     counts = range(0, n_heads, max(1, n_heads // 16))
@@ -230,17 +255,19 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
     metrics = {
         "baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0], "calibration_tokens": 16384,
         "pruned_heads": rows[3][0], "pruned_perplexity": 30.5, "random_sets": 199, "recovery_steps": 0,
+        "attention_loss": 0.9, "pruned_perplexity_rise_percent": 1.7,
     }  # fmt: skip
     for column in powers:
         prefix = "" if column == "redundancy" else f"{column}_"
         rise, most = (2.1, 37.5) if column not in plain else (3.1, 18.75)
         metrics |= {f"{prefix}perplexity_rise_percent_at_15": rise, f"{prefix}max_pruned_percent_below_5": most}
         metrics |= {f"{prefix}perplexity_rise_percent_at_15_{end}": rise + by for end, by in (("low", -1), ("high", 1))}
-        metrics[f"{prefix}cheaper_random_sets_at_15"] = 40
+        metrics |= {f"{prefix}{key}": value for key, value in SETS.items()}
     for place, order in enumerate(SIMILAR_ORDERS):
         prefix = f"similarity_{order}_"
         ends = {"": 2.0 + place / 2, "_low": 1.0, "_high": 9.0}
         metrics |= {f"{prefix}perplexity_rise_percent_at_15{end}": value for end, value in ends.items()}
+        metrics |= {f"{prefix}{key}": value for key, value in SETS.items()}
         metrics[f"{prefix}cheaper_random_sets_at_15"] = 10 * place
     for end, rise in {"": 4.5, "low_": 1.2, "high_": 9.5}.items():
         metrics[f"random_sets_{end}perplexity_rise_percent_at_15"] = rise
@@ -248,7 +275,7 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
     for name in ("whole", "redundancy_at_15", "pruned"):
         scores = {"": 0.3, "_stderr": 0.01, "_difference": -0.01, "_difference_margin": 0.02, "_p": 0.25}
         metrics |= {f"{name}_hellaswag_acc_norm{end}": value for end, value in scores.items()}
-    ends = {"": -0.4, "_low": -0.6, "_high": -0.1}
+    ends = {"": -0.4, "_low": -0.6, "_high": -0.1, "_p": 0.04}
     kinds = [f"{name}_rank_correlation{place}" for name in COST_PREDICTORS for place in ("", "_in_layer")]
     metrics |= {f"{kind}{end}": value for kind in kinds for end, value in ends.items()}
     write_json(root / "metrics/prune.json", metrics)
@@ -269,10 +296,21 @@ def _invent_similarities(root: Path, counts: Sequence[int]) -> None:
 
 
 def set_metric(root: Path, name: str, value: float | str) -> None:
-    """Change the metric file.key."""
+    """Change the metric file.key, of every model if it is one of a model."""
     stem, key = name.split(".")
     path = root / "metrics" / f"{stem}.json"
     write_json(path, {**json.loads(path.read_text()), key: value})
+    models = pd.read_csv(root / "plots/replicates/models.csv")
+    if name in models:
+        set_models(root, name, [value] * len(models))
+
+
+def set_models(root: Path, name: str, values: Sequence[float | str]) -> None:
+    """Change a figure of the models, one value for each; fewer values leave fewer models."""
+    path = root / "plots/replicates/models.csv"
+    models = pd.read_csv(path).iloc[: len(values)].copy()
+    models[name] = values
+    models.to_csv(path, index=False)
 
 
 def write_evaluations(root: Path, rows: list[tuple]) -> None:
@@ -292,23 +330,18 @@ def break_off(root: Path) -> None:
         set_metric(root, f"train.{key}", value)
     write_csv(root / "plots/train/layers.csv", LAYER_COLUMNS, [(0, -1, 1.0, 0.02), (0, 0, math.nan, math.inf)])
     folder = root / "plots/norm_study"
-    runs = pd.read_csv(folder / "runs.csv")
-    runs.loc[runs["norm"] == "postln", ["val_loss", "diverged", "diverged_at_step", "stalled"]] = [math.nan, 1, 40, 0]
-    runs.to_csv(folder / "runs.csv", index=False)
-    set_norm_study(root, "postln", val_loss=math.inf, diverged=2, diverged_at_step=40, stalled=0)
+    set_norm_study(root, "postln", val_loss=math.nan, diverged=1, diverged_at_step=40, stalled=0)
     curves = pd.read_csv(folder / "curves.csv")
     curves[(curves["norm"] != "postln") | (curves["step"] <= 40)].to_csv(folder / "curves.csv", index=False)
 
 
-def set_norm_study(root: Path, norm: str, setting: tuple[float, int] | None = None, **values: float) -> None:
-    """Set columns of a norm in the table of the norm study, at one learning rate and warm-up or at all."""
-    path = root / "plots/norm_study/table.csv"
-    table = pd.read_csv(path)
-    rows = table["norm"] == norm
-    if setting is not None:
-        rows &= (table["max_lr"] == setting[0]) & (table["warmup_steps"] == setting[1])
-    table.loc[rows, list(values)] = list(values.values())
-    table.to_csv(path, index=False)
+def set_norm_study(root: Path, norm: str, seeds: Sequence[int] = (1, 2), **values: float) -> None:
+    """Set columns of the runs of a norm in the norm study, and make the table anew."""
+    path = root / "plots/norm_study/runs.csv"
+    runs = pd.read_csv(path)
+    runs.loc[(runs["norm"] == norm) & runs["seed"].isin(seeds), list(values)] = list(values.values())
+    runs.to_csv(path, index=False)
+    _tabulate_norms(root)
 
 
 def load_weights(root: Path) -> None:
@@ -319,3 +352,4 @@ def load_weights(root: Path) -> None:
     loaded = {"init_from": "models/openai", "init_sha256": "0123abcd", "train_loss": 3.25, "val_loss": 3.3, "steps": 0}
     for key, value in loaded.items():
         set_metric(root, f"train.{key}", value)
+    set_models(root, "seed", [1337])

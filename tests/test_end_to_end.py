@@ -38,10 +38,10 @@ SETTINGS = {
         "technical_min_count": 5, "technical_min_residual_idf": 1.0,
     },
     "vocabulary_runs": {
-        "budgets": [4e8, 5e8], "seeds": [1], "max_lr": 1e-3, "min_lr_fraction": 0.1, "warmup_fraction": 0.1,
-        "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_clip": 1.0, "batch_windows": 2, "micro_batch": 64,
-        "precision": "float32", "n_layer": 1, "n_head": 2, "n_embd": 8, "block_size": 16, "text_bytes": 50_000,
-        "eval_bytes": 50_000,
+        "budgets": [4e8, 5e8], "seeds": [1], "max_lrs": [1e-3], "search_seeds": 1, "min_lr_fraction": 0.1,
+        "warmup_fraction": 0.1, "beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_clip": 1.0,
+        "batch_windows": 2, "micro_batch": 64, "precision": "float32", "n_layer": 1, "n_head": 2, "n_embd": 8,
+        "block_size": 16, "text_bytes": 50_000, "eval_bytes": 50_000,
     },
     "model": {"n_layer": 2, "n_head": 4, "n_embd": 16, "block_size": 32},
     "norm_study": {

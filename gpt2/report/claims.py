@@ -319,7 +319,7 @@ def measure_choice(results: Results) -> Finding:
     )
     if len(rises) == 1:
         cheaper = results.value("prune.cheaper_matched_random_sets_at_15")
-        return _of_random_sets(cheaper, results.value("prune.random_sets"), SIGNIFICANCE, measured)
+        return _of_random_sets(cheaper, results.value("prune.matched_random_sets_at_15"), SIGNIFICANCE, measured)
     return Finding(of_margins(np.subtract(matched, rises).tolist()), measured)
 
 

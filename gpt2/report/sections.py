@@ -92,27 +92,19 @@ def list_prunings() -> list[tuple[str, str, str]]:
     ]
 
 
+def list_choices() -> list[tuple[str, str]]:
+    """Label and prefix of the metrics of each choice of heads without repair: by criterion, then by similarity."""
+    criteria = {name: label for name, label in CRITERIA.items() if name != "random"}
+    similarities = {f"similarity_{name}": f"redundancy by {label}" for name, label in SIMILARITIES.items()}
+    similarities.pop("similarity_redundancy")
+    return [(label, pruning_prefix(column)) for column, label in (criteria | similarities).items()]
+
+
 def tabulate_savings(results: Results) -> pd.Series:
     """What removing 15 % of the heads saves, in percent of each column of sizes."""
     sizes = ["params", "flops_per_token", "kv_cache_bytes_per_token"]
     frontier = results.table("prune/frontier.csv", ["heads_removed", *sizes]).set_index("heads_removed")[sizes]
     return 100 * (1 - frontier.loc[results.value("prune.heads_removed_at_15")] / frontier.iloc[0])
-
-
-def rank_similarities(results: Results) -> pd.DataFrame:
-    """Cost of 15 % of the heads by each similarity, the lowest first, and the prefix of its metrics."""
-    columns = [
-        "order",
-        "heads_removed",
-        "rise_percent",
-        "above_random_percent",
-        "above_random_low",
-        "above_random_high",
-    ]
-    table = results.table("prune/similarities.csv", columns)
-    table = table[table["heads_removed"] == results.value("prune.heads_removed_at_15")].sort_values("rise_percent")
-    prefixes = [pruning_prefix(order if order == "redundancy" else f"similarity_{order}") for order in table["order"]]
-    return table.assign(name=table["order"].map(SIMILARITIES), prefix=prefixes)
 
 
 def tabulate_pruned_speed(results: Results) -> pd.DataFrame:

@@ -15,6 +15,7 @@ from gpt2.report.figures import (
     plot_replicates,
     write_figures,
 )
+from gpt2.report.names import HEADLINES
 from tests.invented_run import break_off, invent_run, load_weights
 
 ALL = FIGURES | TIMED_FIGURES
@@ -101,8 +102,8 @@ def test_every_model_is_a_point_next_to_the_interval_of_the_mean(tmp_path, count
     models = results.table("replicates/models.csv", []).head(count)
     models.to_csv(tmp_path / "plots/replicates/models.csv", index=False)
     panels = [axes for axes in plot_replicates(results).axes if axes.get_visible()]
-    metrics = models.columns.drop("seed")
-    assert [axes.get_title() for axes in panels] == [metric.replace(".", "\n") for metric in metrics]
+    metrics = [*HEADLINES]
+    assert [axes.get_title().replace("\n", " ") for axes in panels] == [HEADLINES[metric] for metric in metrics]
     for axes, metric in zip(panels, metrics, strict=True):
         points = [y for line in axes.lines if line.get_marker() == "o" for y in line.get_ydata()]
         assert points == models[metric].tolist() and len(axes.collections) == (count > 1)
@@ -110,10 +111,10 @@ def test_every_model_is_a_point_next_to_the_interval_of_the_mean(tmp_path, count
 
 def test_heads_are_drawn_next_to_their_nulls_with_all_thresholds(tmp_path):
     results = invent_run(tmp_path)
-    for axes, end in zip(plot_head_nulls(results).axes, ("", "_nosink"), strict=True):
+    for axes, end in zip(plot_head_nulls(results).axes, ("", "_centred"), strict=True):
         levels = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0, 1]]
-        thresholds = [results.value(f"heads.{null}_threshold{end}") for null in ("shuffled", "untrained")]
-        assert levels == [*thresholds, 0.85]
+        thresholds = [results.value(f"heads.{null}{end}_threshold") for null in ("shuffled", "untrained")]
+        assert levels == thresholds + ([] if end else [0.85])
         # 28 pairs of 8 heads in each of 4 layers.
         assert [len(line.get_xdata()) for line in axes.lines].count(4 * 28) == 3
 

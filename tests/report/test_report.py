@@ -16,20 +16,26 @@ from gpt2.pipeline import stage
 from gpt2.pipeline.files import UserError, write_csv, write_json
 from gpt2.report import sections
 from gpt2.report.claims import CLAIMS, TIMED_CLAIM
-from gpt2.report.document import count_verdicts, write_report
+from gpt2.report.document import count_verdicts, judge_claims, summarise_claims
+from gpt2.report.document import write_report as write_with_claims
 from gpt2.report.figures import FIGURES, TIMED_FIGURES
-from gpt2.report.frames import t_interval, write_interval, write_spread
+from gpt2.report.frames import write_interval, write_spread
 from gpt2.report.markdown import literal, number, table, to_html
-from gpt2.report.results import stage_of
+from gpt2.report.results import Results, stage_of
 from stages import report
 from tests.closure import ROOT
-from tests.invented_run import break_off, invent_run, load_weights, set_metric, set_norm_study
+from tests.invented_run import break_off, invent_run, load_weights, set_metric, set_models, set_norm_study
 
 LINKS = {name: f"plots/report/{name}.png" for name in FIGURES | TIMED_FIGURES}
 SECTIONS = [
     *("Results", "Claims", "Replicates", "Training", "Placement of the layer norm", "Size of the vocabulary"),
     *("Similar attention heads", "Pruning of heads", "Generated text", "Setup", "Measured times"),
 ]
+
+
+def write_report(results: Results, links: dict[str, str]) -> str:
+    """The report with its claims judged."""
+    return write_with_claims(results, judge_claims(results), links)
 
 
 def read_tables(text: str) -> list[pd.DataFrame]:
@@ -62,16 +68,18 @@ def test_sections_figures_and_claims_are_all_there(tmp_path):
         ("train.val_loss", 3.14159, "Validation loss (nats per token)", "This run", "3.142"),
         ("hellaswag.harness_acc", 0.1234, "HellaSwag harness acc (%)", "This run", "12.34 ± 0.46"),
         ("heads.untrained_redundant_pairs", 17, "untrained, text", "Redundant pairs", "17"),
-        ("heads.pairs_above_shuffled_threshold", 19, "trained, shuffled tokens", "Trained pairs above it", "19"),
+        ("heads.pairs_above_shuffled_centred_threshold_percent", 19.5, "trained, shuffled tokens",
+         "Trained pairs above it (%)", "19.50"),
         ("heads.untrained_max_ov_similarity", 0.4321, "W_OV", "Highest, untrained", "0.4321"),
         ("prune.ov_rank_correlation_in_layer_high", 0.87, "W_OV", "Within layers", "-0.40 [-0.60, +0.87]"),
         ("prune.max_pruned_percent_below_5", 12.5, "redundancy", "Most heads for under 5 % (%)", "12.50"),
-        ("prune.similarity_qk_cheaper_random_sets_at_15", 33, "W_QK", "Random sets that cost less", "33"),
+        ("prune.similarity_qk_cheaper_matched_random_sets_at_15", 33, "redundancy by W_QK", "Cheaper ones",
+         "33 of 199"),
         ("prune.whole_hellaswag_acc_norm", 0.2857, "whole", "acc_norm (%)", "28.57 ± 1.00"),
         ("prune.pruned_perplexity", 99.5, "6, saved model", "Perplexity", "99.50"),
         ("speed/hellaswag.seconds", 12.25, "hellaswag", "Seconds", "12.25"),
     ],
-)
+)  # fmt: skip
 def test_a_metric_is_in_its_cell(tmp_path, metric, value, row, column, written):
     results = invent_run(tmp_path)
     set_metric(tmp_path, metric, value)
@@ -125,23 +133,28 @@ def test_verdicts_are_counted_in_a_fixed_order():
     ]
 
 
+def test_the_summary_counts_verdicts_and_names_each(tmp_path):
+    rows = judge_claims(invent_run(tmp_path))
+    summary = summarise_claims(rows)
+    verdicts = {key.removeprefix("verdict_"): value for key, value in summary.items() if key.startswith("verdict_")}
+    assert verdicts == {row.claim.key: row.verdict for row in rows} and len(verdicts) == len(CLAIMS)
+    assert summary["claims_by_construction"] == [*verdicts.values()].count("by construction") == 5
+    assert sum(value for key, value in summary.items() if key.startswith("claims_")) == len(CLAIMS)
+
+
 def test_replicates_have_mean_deviation_and_interval(tmp_path):
     results = invent_run(tmp_path)
     text = write_report(results, LINKS)
-    assert cell(text, "Validation loss (nats per token)", "Mean ± SD (n)") == "3.280 ± 0.020 (3)"
-    assert cell(text, "HellaSwag completion acc_norm (%)", "Mean ± SD (n)") == "30.0 ± 1.0 (3)"
-    assert cell(text, "Validation bits per byte", "Mean ± SD (n)") == "–"
-    assert cell(text, "`train.val_perplexity`", "95 % interval of the mean") == "25.36 to 27.84"
-    models = results.table("replicates/models.csv", [])
-    models.head(1).to_csv(tmp_path / "plots/replicates/models.csv", index=False)
-    text = write_report(results, LINKS)
+    assert cell(text, "Validation loss (nats per token)", "Mean ± SD (n)") == "3.280 ± 0.010 (3)"
+    assert cell(text, "HellaSwag harness acc_norm (%)", "Mean ± SD (n)") == "31 ± 0 (3)"
+    assert cell(text, "Validation bits per byte", "95 % interval of the mean") == "0.9852 to 1.035"
+    set_models(tmp_path, "seed", [1337])
+    text = write_report(Results(tmp_path, results.norm, results.scale, results.settings), LINKS)
     assert cell(text, "Validation loss (nats per token)", "Mean ± SD (n)") == "–"
-    assert cell(text, "`heads.redundant_pairs`", "This run") == "8" and "One model;" in text
+    assert cell(text, "Pairs of heads above 0.85", "Main model") == "8" and "One model;" in text
 
 
-def test_spread_and_interval_are_those_of_the_sample():
-    # t of 2 degrees of freedom at 97.5 % is 4.3027.
-    assert t_interval(pd.Series([1.0, 2.0, 3.0])) == pytest.approx((2 - 4.3027 / 3**0.5, 2 + 4.3027 / 3**0.5), abs=1e-4)
+def test_a_spread_is_that_of_the_sample():
     assert write_spread(pd.Series([4.17, 4.20, 4.25])) == "4.207 ± 0.040 (3)"
     assert write_spread(pd.Series([1000, 3000])) == "2,000 ± 1,414 (2)"
     assert write_spread(pd.Series([5, 5, 5])) == "5 ± 0 (3)"
@@ -150,16 +163,16 @@ def test_spread_and_interval_are_those_of_the_sample():
 
 def test_the_norm_study_counts_runs_that_learned_at_each_setting(tmp_path):
     results = invent_run(tmp_path)
-    set_norm_study(tmp_path, "postln", (1e-3, 0), diverged=1, diverged_at_step=7, val_loss=math.inf)
-    summary = sections.summarise_norms(results).set_index(["Learning rate", "Warm-up steps"])
+    set_norm_study(tmp_path, "postln", [1], diverged=1, diverged_at_step=7, val_loss=math.nan, stalled=0)
+    summary = sections.summarise_norms(results).set_index(["Arm", "Learning rate", "Warm-up steps"])
     assert list(summary.columns) == ["preln", "postln", "deepnorm"]
-    assert summary["postln"].to_dict() == {
-        **{("0.001", 0): "n/a (1 of 2)", ("0.001", 10): "4.100 (2 of 2)"},
-        **{("0.003", 0): "6.900 (0 of 2)", ("0.003", 10): "4.300 (2 of 2)"},
-    }
+    assert summary["postln"].tolist() == [
+        *("n/a ± n/a (1 of 2)", "n/a ± n/a (1 of 2)", "n/a ± n/a (0 of 2)", "n/a ± n/a (1 of 2)", "n/a ± n/a (1 of 2)"),
+    ]
+    assert summary["preln"].iloc[-1] == "4.100 ± 0 (2 of 2)" and summary.index[-1] == ("Muon, tied", "0.001", 10)
     details = sections.tabulate_norms(results)
-    assert details["norm"].tolist() == 4 * ["preln", "postln", "deepnorm"]
-    assert details["diverged_at_step"].tolist() == ["–", 7, *10 * ["–"]]
+    assert details["norm"].tolist() == 5 * ["preln", "postln", "deepnorm"]
+    assert details["diverged_at_step"].tolist() == 5 * ["–", 7, "–"]
 
 
 def test_the_best_vocabulary_is_marked_at_each_budget(tmp_path):
@@ -205,6 +218,7 @@ def test_the_report_of_a_diverged_run_is_whole(tmp_path):
     assert "norm `postln`" in text
     assert cell(text, "Validation loss (nats per token)", "This run") == "10.90"
     assert cell(text, "The training converges", "Verdict") == "**failed**"
+    assert json.loads(json.dumps(summarise_claims(judge_claims(results))))["verdict_converges"] == "failed"
 
 
 def test_loaded_weights_are_named_with_their_origin(tmp_path):
@@ -215,6 +229,7 @@ def test_loaded_weights_are_named_with_their_origin(tmp_path):
     text = write_report(results, LINKS)
     assert text.count("loaded from `models/openai` (sha256 `0123abcd`)") == 2 and "trained from scratch" not in text
     assert [name for name, link in LINKS.items() if link not in text] == ["layers"]
+    assert "rest on this one" in text
     set_metric(tmp_path, "train.init_commit", "4c0ffee")
     assert "loaded from `models/openai`, commit `4c0ffee` (sha256" in write_report(results, LINKS)
 
