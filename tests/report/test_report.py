@@ -145,7 +145,7 @@ def test_the_summary_counts_verdicts_and_names_each(tmp_path):
 def test_replicates_have_mean_deviation_and_interval(tmp_path):
     results = invent_run(tmp_path)
     text = write_report(results, LINKS)
-    assert cell(text, "Validation loss (nats per token)", "Mean ± SD (n)") == "3.280 ± 0.010 (3)"
+    assert cell(text, "Validation loss (nats per token)", "Mean ± SD (n)") == "3.2800 ± 0.0010 (3)"
     assert cell(text, "HellaSwag harness acc_norm (%)", "Mean ± SD (n)") == "31 ± 0 (3)"
     assert cell(text, "Validation bits per byte", "95 % interval of the mean") == "0.9852 to 1.035"
     set_models(tmp_path, "seed", [1337])
