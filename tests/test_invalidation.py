@@ -43,6 +43,7 @@ EDITS = {
     "norm_study/study.py": {"norm-study"},
     "tokenizer_study/words.py": {"tokenizer-study"},
     "report/claims.py": {"report"},
+    "report/report.md.j2": {"report"},
     "check/preflight.py": set(),
     "generate.py": {"generate"},
     "export.py": set(),
