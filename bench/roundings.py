@@ -14,6 +14,7 @@ import shutil
 import subprocess
 import sys
 import time
+from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -58,8 +59,14 @@ def run_setting(folder: Path, setting: str, workers: int) -> None:
             target.parent.mkdir(parents=True, exist_ok=True)
             shutil.copytree(source, target) if source.is_dir() else shutil.copy(source, target)
     with ThreadPoolExecutor(len(CHAINS)) as chains:
-        list(chains.map(lambda chain: [run_stage(folder, setting, stage, workers) for stage in chain], CHAINS))
-    run_stage(folder, setting, "report", workers)
+        list(chains.map(lambda chain: run_chain(folder, setting, chain, workers), CHAINS))
+    run_chain(folder, setting, ["report"], workers)
+
+
+def run_chain(folder: Path, setting: str, stages: Iterable[str], workers: int) -> None:
+    """Run stages one after another."""
+    for stage in stages:
+        run_stage(folder, setting, stage, workers)
 
 
 def run_stage(folder: Path, setting: str, stage: str, workers: int) -> None:

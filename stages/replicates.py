@@ -45,7 +45,7 @@ def main() -> None:
         seeds = [] if train.init_from else [seed for seed in config.seeds if seed != train.seed]
         models = measure_replicates(line, seeds, stage.load("hardware", HardwareConfig))
         table = tabulate_models([main_model, *models])
-        write_csv(MODELS, list(table), table.to_numpy(object).tolist())
+        write_csv(MODELS, list(table.columns), table.to_numpy(object).tolist())
         write_json(METRICS, summarise_models(table))
     for seed in seeds:
         drop(scratch_of(line, seed))
