@@ -41,8 +41,6 @@ MAX_RISE_PERCENT = 5
 MAX_LATE_FALL_PERCENT = 1
 # The largest gradient norm of a smooth run, where gradients are clipped at 1.
 MAX_GRAD_NORM = 100
-# The share of a null model's pairs above the threshold that is calibrated on it.
-NULL_SHARE_PERCENT = 5
 # Fewer similar pairs do not show in which layers they are.
 MIN_PAIRS = 20
 # A repair has to remove this many times the heads that the criterion removes alone.
@@ -262,14 +260,17 @@ def measure_similar_heads(results: Results) -> Finding:
 
 
 def measure_beyond_null(results: Results, null: str) -> Finding:
-    """Compare centred similarities with a null model's: a share above its 95 % point that is larger than 5 %."""
+    """Compare centred similarities with a null model's: the share of pairs above its percentile with the null's own."""
     shares = results.over_models(f"heads.pairs_above_{null}_centred_threshold_percent")
+    pairs, percentile = results.value("heads.same_layer_pairs"), results.value("heads.null_percentile")
+    # An interpolated percentile of n values lies below this many of them, more than the rest of 100 % if n is small.
+    null_share = 100 * (pairs - 1 - math.floor(percentile / 100 * (pairs - 1))) / pairs
     own, other = (results.over_models(f"heads.{prefix}mean_centred_similarity") for prefix in ("", f"{null}_"))
     measured = (
-        f"{spread(shares, unit=' %')} of the pairs are above the 95 % point of the {null} model; mean centred cosine "
-        f"{spread(own)}, {null} {spread(other)}"
+        f"{spread(shares, unit=' %')} of the pairs are above the {percentile:g} % point of the {null} model, of its "
+        f"own {number(null_share)} %; mean centred cosine {spread(own)}, {null} {spread(other)}"
     )
-    return Finding(of_margins([share - NULL_SHARE_PERCENT for share in shares]), measured)
+    return Finding(of_margins([share - null_share for share in shares]), measured)
 
 
 def measure_middle(results: Results) -> Finding:
@@ -560,14 +561,14 @@ CLAIMS = (
         "similarity_learned",
         "heads",
         "The similarity is learned: centred patterns are more alike than an untrained model's",
-        f"`heads.pairs_above_untrained_centred_threshold_percent` > {NULL_SHARE_PERCENT}: {ON_MODELS}",
+        f"`heads.pairs_above_untrained_centred_threshold_percent` > that of the null model itself: {ON_MODELS}",
         partial(measure_beyond_null, null="untrained"),
     ),
     Claim(
         "similarity_from_text",
         "heads",
         "The similarity comes from reading text: centred patterns are more alike than on shuffled tokens",
-        f"`heads.pairs_above_shuffled_centred_threshold_percent` > {NULL_SHARE_PERCENT}: {ON_MODELS}",
+        f"`heads.pairs_above_shuffled_centred_threshold_percent` > that of the null model itself: {ON_MODELS}",
         partial(measure_beyond_null, null="shuffled"),
     ),
     Claim(

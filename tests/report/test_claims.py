@@ -52,8 +52,9 @@ def test_claims_have_keys_of_their_own():
         ("shuffled anew", "train.windows_in_same_place", 10, 11),
         ("FlashAttention", "train.attention_backend", "flash_cpu", "math"),
         ("over 0.85", "heads.redundant_pairs", 1, 0),
-        ("similarity is learned", "heads.pairs_above_untrained_centred_threshold_percent", 5.1, 5.0),
-        ("reading text", "heads.pairs_above_shuffled_centred_threshold_percent", 5.1, 5.0),
+        # Of 112 pairs of the null model itself 6 are above its 95 % point.
+        ("similarity is learned", "heads.pairs_above_untrained_centred_threshold_percent", 700 / 112, 600 / 112),
+        ("reading text", "heads.pairs_above_shuffled_centred_threshold_percent", 700 / 112, 600 / 112),
         ("middle layers", "heads.redundant_pairs_middle_percent", 50.1, 50.0),
         ("middle layers", "heads.middle_layers_percent", 60.0, 75.0),
         ("chosen by redundancy", "prune.perplexity_rise_percent_at_15", 4.99, 5.0),
