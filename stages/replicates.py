@@ -23,7 +23,11 @@ from gpt2.replicates.study import (
 from gpt2.train.loop import TrainConfig
 
 TOKENS = Path("data/tokens")
-MAIN = Path("metrics")
+# Figures of the main model.
+TRAINED = Path("metrics/train.json")
+SCORED = Path("metrics/hellaswag.json")
+COMPARED = Path("metrics/heads.json")
+PRUNED = Path("metrics/prune.json")
 MODELS = Path("plots/replicates/models.csv")
 METRICS = Path("metrics/replicates.json")
 
@@ -40,7 +44,7 @@ def main() -> None:
             stage.load("prune", PruneConfig),
             TOKENS,
         )
-        main_model = read_main(MAIN, train.seed)
+        main_model = read_main((TRAINED, SCORED, COMPARED, PRUNED), train.seed)
         # Loaded weights have no seed to change.
         seeds = [] if train.init_from else [seed for seed in config.seeds if seed != train.seed]
         models = measure_replicates(line, seeds, stage.load("hardware", HardwareConfig))

@@ -14,7 +14,7 @@ from gpt2.check.schema import SECTIONS
 from gpt2.pipeline.files import UserError
 from gpt2.pipeline.params import SCALES
 from gpt2.pipeline.stage import SPEED
-from gpt2.report.document import TIMED_STAGES, write_report
+from gpt2.report.document import TIMED_STAGES, judge_claims, write_report
 from gpt2.report.figures import FIGURES, TIMED_FIGURES
 from tests.closure import ROOT, direct_imports, import_closure, imported_packages, library_files
 from tests.declared import (
@@ -157,12 +157,17 @@ def test_the_report_needs_every_section_it_declares_and_no_other(tmp_path):
     sections = {param.removeprefix("${scale}.") for param in declared - {"norm", "scale"}}
     assert declared == {"norm", "scale"} | {f"${{scale}}.{section}" for section in sections}
     settings = {section: results.settings[section] for section in sections}
-    text = write_report(type(results)(tmp_path, results.norm, results.scale, settings), links)
+
+    def write(settings: dict) -> str:
+        own = type(results)(tmp_path, results.norm, results.scale, settings)
+        return write_report(own, judge_claims(own), links)
+
+    text = write(settings)
     assert f"norm `{results.norm}`" in text and f"scale `{results.scale}`" in text
     for section in sections:
         fewer = {name: values for name, values in settings.items() if name != section}
         with pytest.raises((UserError, KeyError), match=section):
-            write_report(type(results)(tmp_path, results.norm, results.scale, fewer), links)
+            write(fewer)
 
 
 def test_the_report_lists_the_times_of_every_stage_but_its_own_and_the_check():

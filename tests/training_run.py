@@ -65,7 +65,7 @@ SECTIONS = {
     },
     "hellaswag": {"batch_tokens": 64},
     "heads": ANALYSED["heads"],
-    "prune": ANALYSED["prune"],
+    "prune": {**ANALYSED["prune"], "shares": [0.25, 0.5]},
     "replicates": {"seeds": [1, 2]},
     "norm_study": {
         **SHAPE,

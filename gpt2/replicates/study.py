@@ -5,7 +5,7 @@ statement about models therefore rests on the main model and on these.
 """
 
 import logging
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -151,9 +151,9 @@ def _logging_as(name: str) -> Iterator[None]:
         yield
 
 
-def read_main(metrics: Path, seed: int) -> Figures:
-    """The figures of the main model from the metrics files in the folder."""
-    return {"seed": seed, **_name({stem: read_json(metrics / f"{stem}.json") for stem in MEASURED})}
+def read_main(metrics: Iterable[Path], seed: int) -> Figures:
+    """The figures of the main model, from the metrics files of MEASURED."""
+    return {"seed": seed, **_name({path.stem: read_json(path) for path in metrics})}
 
 
 def tabulate_models(models: Sequence[Figures]) -> pd.DataFrame:

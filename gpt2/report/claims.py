@@ -13,6 +13,7 @@ from typing import Literal
 import numpy as np
 import pandas as pd
 
+from gpt2.report.frames import write_spread
 from gpt2.report.markdown import number
 from gpt2.report.names import CRITERIA, GPT2_VOCABULARY, MAIN_ARM, SIMILARITIES, WORD_GROUPS, pruning_prefix
 from gpt2.report.results import Model, Results
@@ -93,11 +94,11 @@ def judge(claim: Claim, results: Results) -> Row:
     return Row(claim, measured, verdict)
 
 
-def spread(values: Sequence[float], write: Callable[[float], str] = number, unit: str = "") -> str:
+def spread(values: Sequence[float], unit: str = "", sign: str = "") -> str:
     """Mean ± sample standard deviation (number of models) in words; of one model its value."""
-    if len(values) == 1:
-        return f"{write(values[0])}{unit} (one model)"
-    return f"{write(float(np.mean(values)))} ± {number(float(np.std(values, ddof=1)))}{unit} ({len(values)})"
+    if len(values) > 1:
+        return write_spread(pd.Series(values), unit, sign)
+    return f"{values[0]:+.2f}{unit} (one model)" if sign else f"{number(values[0])}{unit} (one model)"
 
 
 def signed(value: float) -> str:
@@ -177,7 +178,7 @@ def measure_rising(results: Results) -> Finding:
         rises.append(100 * (last - first))
         correlations.append(correlation)
         margins.append(last - first - 2 * noise if correlation > 0 else min(0.0, last - first))
-    measured = f"{spread(rises, signed, ' points')}; rank correlation with the step {spread(correlations)}"
+    measured = f"{spread(rises, ' points', '+')}; rank correlation with the step {spread(correlations)}"
     return Finding(of_margins(margins), measured)
 
 
@@ -301,7 +302,7 @@ def measure_pruning(results: Results, column: str) -> Finding:
     rises = results.over_models(rise_key(column))
     removed, heads = results.value("prune.heads_removed_at_15"), results.value("heads.heads")
     low, high = (results.value(f"{rise_key(column)}_{end}") for end in ("low", "high"))
-    measured = f"{spread(rises, signed, ' %')} for {number(removed)} of {number(heads)} heads"
+    measured = f"{spread(rises, ' %', '+')} for {number(removed)} of {number(heads)} heads"
     if len(rises) == 1:
         verdict = of_interval(MAX_RISE_PERCENT - high, MAX_RISE_PERCENT - low)
         return Finding(verdict, f"{measured}, 95 % interval over documents {signed(low)} to {signed(high)} %")
@@ -315,8 +316,8 @@ def measure_choice(results: Results) -> Finding:
         results.over_models(f"prune.{sets}random_sets_perplexity_rise_percent_at_15") for sets in ("matched_", "")
     )
     measured = (
-        f"{spread(rises, signed, ' %')}; random sets of the same layers {spread(matched, signed, ' %')}, of any layers "
-        f"{spread(free, signed, ' %')}"
+        f"{spread(rises, ' %', '+')}; random sets of the same layers {spread(matched, ' %', '+')}, of any layers "
+        f"{spread(free, ' %', '+')}"
     )
     if len(rises) == 1:
         cheaper = results.value("prune.cheaper_matched_random_sets_at_15")
@@ -343,8 +344,8 @@ def measure_similarity_choice(results: Results) -> Finding:
     verdict, best = of_best(margins)
     rises = results.over_models(rise_key(columns[best]))
     measured = (
-        f"best of {len(columns)}: {SIMILARITIES[best]}, {spread(rises, signed, ' %')}; random sets "
-        f"{spread(free, signed, ' %')}"
+        f"best of {len(columns)}: {SIMILARITIES[best]}, {spread(rises, ' %', '+')}; random sets "
+        f"{spread(free, ' %', '+')}"
     )
     return Finding(verdict, measured)
 

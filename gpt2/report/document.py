@@ -51,7 +51,7 @@ def write_report(results: Results, rows: Sequence[Row], figures: Mapping[str, st
         return f"{100 * results.value(metric):.2f} ± {100 * results.value(f'{metric}_stderr'):.2f}"
 
     def spread(metric: str, unit: int = 1) -> str:
-        return write_spread(unit * models[metric]) if metric in models else "–"
+        return write_spread(unit * pd.Series(results.over_models(metric)))
 
     environment = Environment(
         loader=FileSystemLoader(Path(__file__).parent), undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True

@@ -40,13 +40,16 @@ def load_models(results: Results) -> pd.DataFrame:
     return results.table(MODELS, [*HEADLINES])[[*HEADLINES]]
 
 
-def write_spread(values: pd.Series) -> str:
-    """Mean ± standard deviation (n), rounded to two digits of the deviation: 4.209 ± 0.035 (5); – for one value."""
+def write_spread(values: pd.Series, unit: str = "", sign: str = "") -> str:
+    """Mean ± standard deviation (n), rounded to two digits of the deviation: 4.209 ± 0.035 (5); – for one value.
+
+    With the sign "+" a positive mean has one too; the unit is written before the number of values.
+    """
     mean, deviation, count = values.mean(), values.std(), values.count()
     if count < 2:
         return "–"
     decimals = max(0, 1 - math.floor(math.log10(deviation))) if deviation else 0
-    return f"{mean:,.{decimals}f} ± {deviation:,.{decimals}f} ({count})"
+    return f"{mean:{sign},.{decimals}f} ± {deviation:,.{decimals}f}{unit} ({count})"
 
 
 def write_interval(values: pd.Series) -> str:

@@ -127,7 +127,7 @@ class Score:
     words: pd.DataFrame
 
 
-def score_model(model: GPT, text: HeldOut, batch_size: int, precision: Precision) -> Score:
+def score_held_out(model: GPT, text: HeldOut, batch_size: int, precision: Precision) -> Score:
     """Judge a model by a held-out text."""
     weight, edges = model.wte.weight, _edges(text)
     device = weight.device

@@ -35,7 +35,7 @@ from gpt2.model.gpt import GPT
 from gpt2.pipeline.files import UserError
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.tokenizer.encodings import GPT2
-from gpt2.tokenizer_study.held_out import HeldOut, encode_held_out, score_even, score_model
+from gpt2.tokenizer_study.held_out import HeldOut, encode_held_out, score_even, score_held_out
 from gpt2.tokenizer_study.study import count_bytes
 from gpt2.tokenizer_study.words import GROUPS
 from gpt2.train.optim import AdamConfig, OptimConfig
@@ -200,7 +200,7 @@ def train_vocabulary_run(
     order = np.arange(len(windows)).reshape(steps, -1)
     curve = train_windows(model, schedule, windows, order, config.micro_batch, config.precision)
     validation, test = (
-        score_model(model, split, config.micro_batch, config.precision) for split in (text.validation, text.test)
+        score_held_out(model, split, config.micro_batch, config.precision) for split in (text.validation, text.test)
     )
     even = score_even(text.test)
     judged = {f"{part}bits_per_byte": bits for part, bits in test.bits_per_byte.items()}

@@ -21,7 +21,7 @@ from gpt2.tokenizer_study.held_out import (
     encode_held_out,
     find_boundaries,
     score_even,
-    score_model,
+    score_held_out,
     stream_hidden,
 )
 
@@ -83,7 +83,7 @@ def test_bits_of_words_are_those_of_their_tokens_and_of_their_ends(encoding):
     with torch.no_grad():
         model.wte.weight *= 20
         log_p = model(text.stream[None, :-1])[0, :, : encoding.n_vocab].log_softmax(1).double()
-    score = score_model(model, text, 4, "float32")
+    score = score_held_out(model, text, 4, "float32")
     nats = -log_p.gather(1, text.stream[1:, None]).squeeze(1)
     assert score.bits_per_byte[""] == pytest.approx(nats.sum().item() / math.log(2) / 24, rel=1e-5)
     tokens = [token.decode("utf-8", errors="replace") for token in ranked_tokens(encoding)] + ["<end>"]
@@ -140,7 +140,7 @@ def test_guessing_all_tokens_alike_is_exact(encoding):
     with torch.no_grad():
         model.wte.weight.zero_()
     even = score_even(text)
-    assert score_model(model, text, 4, "float32").bits_per_byte == pytest.approx(even.bits_per_byte, rel=1e-5)
+    assert score_held_out(model, text, 4, "float32").bits_per_byte == pytest.approx(even.bits_per_byte, rel=1e-5)
     n_tokens = sum(len(encoding.encode_ordinary(document)) + 1 for document in TEXTS)
     assert even.bits_per_byte[""] == pytest.approx(n_tokens * math.log2(encoding.n_vocab) / text.n_bytes)
     # After a letter and before the next word the two factors are the same.
