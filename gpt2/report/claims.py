@@ -379,22 +379,22 @@ def read_vocabularies(results: Results, columns: Sequence[str]) -> pd.DataFrame:
     return table[table["name"] != GPT2_VOCABULARY].sort_values("vocab_size", ignore_index=True)
 
 
-def measure_effect(results: Results, column: str) -> Finding:
+def measure_effect(results: Results, column: str, unit: str) -> Finding:
     """The effect of the vocabulary size on counts that a nested, larger vocabulary can only improve."""
     own = read_vocabularies(results, [column])
     first, last = own.iloc[0], own.iloc[-1]
     return Finding(
         "by construction",
-        f"{number(first[column])} to {number(last[column])} ({100 * (last[column] / first[column] - 1):+.1f} %) from "
+        f"{number(first[column])} to {number(last[column])} {unit} ({100 * (last[column] / first[column] - 1):+.1f} %) from "
         f"{number(int(first['vocab_size']))} to {number(int(last['vocab_size']))} tokens of vocabulary",
     )
 
 
 def measure_cost(results: Results) -> Finding:
-    effect = measure_effect(results, "flops_per_byte")
+    effect = measure_effect(results, "flops_per_byte", "FLOPs per byte")
     width, n_embd = results.value("tokenizer.cheaper_above_n_embd"), results.setting("model", "n_embd")
     bound = f"cheaper for n_embd of {number(width)} or more" if width > 0 else "cheaper for no width"
-    return Finding("by construction", f"{effect.measured} FLOPs per byte at n_embd = {n_embd}; {bound} at this depth")
+    return Finding("by construction", f"{effect.measured} at n_embd = {n_embd}; {bound} at this depth")
 
 
 def measure_vocabulary_runs(results: Results, column: str) -> Finding:
@@ -621,7 +621,7 @@ CLAIMS = (
             "vocabularies",
             f"A larger vocabulary splits {group} words less",
             f"`{group}_tokens_per_word` in tokenizer/vocabularies.csv; nested vocabularies can only split less",
-            partial(measure_effect, column=f"{group}_tokens_per_word"),
+            partial(measure_effect, column=f"{group}_tokens_per_word", unit="tokens per word"),
         )
         for group in WORD_GROUPS
     ),
@@ -630,7 +630,7 @@ CLAIMS = (
         "vocabularies",
         "A larger vocabulary shortens sequences",
         "`bytes_per_token` in tokenizer/vocabularies.csv; nested vocabularies can only merge more",
-        partial(measure_effect, column="bytes_per_token"),
+        partial(measure_effect, column="bytes_per_token", unit="bytes per token"),
     ),
     Claim(
         "cheaper_training",

@@ -201,6 +201,7 @@ def plot_norm_stalls(results: Results) -> Figure:
             for marker, part, name in (("o", rows[~lost], norm), ("x", rows[lost], None)):
                 axes.plot(part["token_cosine"], part["grad_ratio"], marker, color=colour, markersize=5, label=name)
         axes.set(title=names.ARMS.get(arm, arm), xlabel="Cosine between tokens", xlim=(-0.05, 1.05), yscale="log")
+        axes.set_ylim(runs["grad_ratio"].min() / 2, 2 * runs["grad_ratio"].max())
     panels[0].set_ylabel("Gradient, first over last block")
     panels[0].plot([], [], "x", color=INK, label="stalled or diverged")
     draw_legend(figure, panels[:1])

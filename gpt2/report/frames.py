@@ -48,7 +48,9 @@ def write_spread(values: pd.Series, unit: str = "", sign: str = "") -> str:
     mean, deviation, count = values.mean(), values.std(), values.count()
     if count < 2:
         return "–"
-    decimals = max(0, 1 - math.floor(math.log10(deviation))) if deviation else 0
+    if deviation == 0:
+        return f"{mean:{sign},.6g} ± 0{unit} ({count})"
+    decimals = max(0, 1 - math.floor(math.log10(deviation)))
     return f"{mean:{sign},.{decimals}f} ± {deviation:,.{decimals}f}{unit} ({count})"
 
 
