@@ -383,9 +383,10 @@ def measure_effect(results: Results, column: str, unit: str) -> Finding:
     """The effect of the vocabulary size on counts that a nested, larger vocabulary can only improve."""
     own = read_vocabularies(results, [column])
     first, last = own.iloc[0], own.iloc[-1]
+    change = 100 * (last[column] / first[column] - 1)
     return Finding(
         "by construction",
-        f"{number(first[column])} to {number(last[column])} {unit} ({100 * (last[column] / first[column] - 1):+.1f} %) from "
+        f"{number(first[column])} to {number(last[column])} {unit} ({change:+.1f} %) from "
         f"{number(int(first['vocab_size']))} to {number(int(last['vocab_size']))} tokens of vocabulary",
     )
 

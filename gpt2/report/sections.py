@@ -38,7 +38,7 @@ def summarise_norms(results: Results) -> pd.DataFrame:
     columns = ["arm", "max_lr", "warmup_steps", "norm", "seeds", "val_loss", "val_loss_sd", "diverged", "stalled"]
     table = results.table("norm_study/table.csv", columns)
     learned = table["seeds"] - table["diverged"] - table["stalled"]
-    loss = table["val_loss"].map(number) + " ± " + table["val_loss_sd"].map("{:.2g}".format)
+    loss = table["val_loss"].map(number) + " ± " + table["val_loss_sd"].map("{:.2g}".format).replace("nan", "–")
     cells = loss + " (" + learned.astype(str) + " of " + table["seeds"].astype(str) + ")"
     pivot = table.assign(cell=cells).pivot(index=columns[:3], columns="norm", values="cell")
     pivot = pivot.loc[table["arm"].unique(), table["norm"].unique()].fillna("–").reset_index()

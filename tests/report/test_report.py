@@ -167,7 +167,7 @@ def test_the_norm_study_counts_runs_that_learned_at_each_setting(tmp_path):
     summary = sections.summarise_norms(results).set_index(["Arm", "Learning rate", "Warm-up steps"])
     assert list(summary.columns) == ["preln", "postln", "deepnorm"]
     assert summary["postln"].tolist() == [
-        *("n/a ± nan (1 of 2)", "n/a ± nan (1 of 2)", "n/a ± nan (0 of 2)", "n/a ± nan (1 of 2)", "n/a ± nan (1 of 2)"),
+        *("n/a ± – (1 of 2)", "n/a ± – (1 of 2)", "n/a ± – (0 of 2)", "n/a ± – (1 of 2)", "n/a ± – (1 of 2)"),
     ]
     assert summary["preln"].iloc[-1] == "4.100 ± 0 (2 of 2)" and summary.index[-1] == ("Muon, tied", "0.001", 10)
     details = sections.tabulate_norms(results)
