@@ -23,9 +23,8 @@ from torch import Tensor
 from gpt2.data.order import TrainOrder
 from gpt2.data.shards import TokenSet
 from gpt2.data.windows import eval_windows, spread_windows
-from gpt2.heads.null_models import compare_with_nulls
-from gpt2.heads.redundancy import list_pairs, summarise_pairs
-from gpt2.heads.similarity import Head, HeadsConfig, attend, capture_heads, cosine, list_heads
+from gpt2.heads.similarity import Head, HeadsConfig, list_heads
+from gpt2.heads.study import study_heads
 from gpt2.hellaswag.items import load_benchmark
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import Dist
@@ -33,8 +32,10 @@ from gpt2.model.evaluate import window_losses
 from gpt2.model.gpt import GPT
 from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.workers import in_order
-from gpt2.prune.criteria import mask_heads, order_at_random, rank_heads, score_taylor
+from gpt2.prune.criteria import rank_heads, score_taylor
+from gpt2.prune.random_sets import draw_matched_sets, draw_sets
 from gpt2.prune.remove import claimed_count, remove_heads
+from gpt2.prune.study import loss_without_attention
 from gpt2.train.loop import Evaluation, TrainConfig, fit
 
 RESULTS = Path("bench/results/recipes.csv")
@@ -48,7 +49,14 @@ FIXED: dict[str, Any] = {
     "eval_items": 503,
 }  # fmt: skip
 HEADS = HeadsConfig(n_tokens=16384, batch_size=16, threshold=0.85, null_percentile=95, seed=1337)
-EVAL_TOKENS, SCORING_TOKENS, CENTRED_WINDOWS, BATCH = 8192, 8192, 32, 16
+# Column of the table for each figure of the heads.
+HEAD_FIGURES = {
+    **{key: key for key in ("redundant_pairs", "shuffled_redundant_pairs", "mean_similarity")},
+    "centred_mean": "mean_centred_similarity",
+    "untrained_centred_mean": "untrained_mean_centred_similarity",
+    "centred_pairs_above_untrained_95": "pairs_above_untrained_centred_threshold",
+}
+EVAL_TOKENS, SCORING_TOKENS, BATCH = 8192, 8192, 16
 RANDOM_SETS, MATCHED_SETS = 19, 15
 
 
@@ -91,15 +99,11 @@ def measure(folder: Path, task: tuple[Recipe, int]) -> dict[str, Any]:
     model, started = GPT(shape, seed), time.perf_counter()
     figures = learn(model, recipe, seed, train, val, folder)
     figures["train_seconds"] = time.perf_counter() - started
-    idx = spread_windows(val, shape.block_size, HEADS.n_tokens)[:, :-1]
-    matrices = compare_with_nulls(model, idx, HEADS)
-    found = summarise_pairs(shape, list_pairs(shape, matrices), HEADS.threshold, HEADS.null_percentile)
-    kept = ("redundant_pairs", "shuffled_redundant_pairs", "mean_similarity")
-    figures |= {key: found[key] for key in kept}
-    figures |= centred_figures(model, GPT(shape, HEADS.seed), idx[:CENTRED_WINDOWS])
+    heads = study_heads(model, val, HEADS)
+    figures |= {key: heads.figures[name] for key, name in HEAD_FIGURES.items()}
     scoring = spread_windows(val, shape.block_size, SCORING_TOKENS)
     taylor = score_taylor(model, scoring, BATCH)
-    orders = {name: ranked[0] for name, ranked in rank_heads(model, matrices["pattern"], taylor, [1]).items()}
+    orders = {name: ranked[0] for name, ranked in rank_heads(model, heads.matrices["pattern"], taylor, [1]).items()}
     figures |= pruning_figures(model, orders, spread_windows(test, shape.block_size, EVAL_TOKENS))
     return {"recipe": recipe.name, "seed": seed, **{key: round(float(value), 4) for key, value in figures.items()}}
 
@@ -120,34 +124,9 @@ def learn(model: GPT, recipe: Recipe, seed: int, train: TokenSet, val: TokenSet,
     return {"bits_per_byte": loss / np.log(2) * val.n_tokens / val.n_bytes, "acc_norm": acc_norm}
 
 
-@torch.no_grad()
-def centred_figures(model: GPT, untrained: GPT, idx: Tensor) -> dict[str, float]:
-    """Cosines of the patterns less 1/t, the pattern of a head that attends to all alike, over pairs of a layer."""
-    T, n_head = idx.shape[1], model.config.n_head
-    uniform = torch.tril(torch.ones(T, T, dtype=torch.float64)) / torch.arange(1, T + 1)[:, None]
-
-    def cosines(of: GPT) -> np.ndarray:
-        products: Tensor | float = 0.0
-        for sequence in idx.split(1):
-            with capture_heads(of) as captured:
-                of.hidden(sequence)
-            heads = torch.cat([qkv[0].permute(1, 2, 0, 3) for qkv in captured.qkv], dim=1)
-            centred = (attend(heads[0], heads[1]) - uniform).flatten(1)
-            products = products + centred @ centred.T
-        layers = np.arange(len(products)) // n_head  # type: ignore[arg-type]  # a tensor after the first sequence
-        return cosine(np.asarray(products))[np.triu(layers[:, None] == layers, 1)]
-
-    here, null = cosines(model), cosines(untrained)
-    return {
-        "centred_mean": here.mean(),
-        "untrained_centred_mean": null.mean(),
-        "centred_pairs_above_untrained_95": int((here > np.percentile(null, 95)).sum()),
-    }
-
-
 def pruning_figures(model: GPT, orders: dict[str, list[Head]], windows: Tensor) -> dict[str, float]:
     """Rise of perplexity in percent without 15 % of the heads, chosen in several ways, and what attention is worth."""
-    heads, n_head = list_heads(model.config), model.config.n_head
+    heads = list_heads(model.config)
     count = claimed_count(len(heads))
 
     def loss(removed: Sequence[Head]) -> float:
@@ -159,23 +138,15 @@ def pruning_figures(model: GPT, orders: dict[str, list[Head]], windows: Tensor) 
         return 100 * np.expm1(loss(removed) - whole)
 
     redundant = orders["redundancy"][:count]
-    draws = np.random.default_rng(0)
-    random_sets = [rise(order_at_random(heads, seed)[:count]) for seed in range(1, RANDOM_SETS + 1)]
-    matched_sets = []
-    for _ in range(MATCHED_SETS):
-        layers = [draws.permutation(n_head) for _ in range(model.config.n_layer)]
-        numbers = [sum(head.layer == layer for head in redundant) for layer in range(len(layers))]
-        matched_sets.append(rise([Head(layer, int(i)) for layer, n in enumerate(numbers) for i in layers[layer][:n]]))
-    silent = [torch.zeros(n_head) for _ in model.h]
-    with torch.no_grad(), mask_heads(model, silent):
-        without = window_losses(model, windows, BATCH).double().mean().item()
+    random_sets = [rise(some) for some in draw_sets(heads, count, RANDOM_SETS)]
+    matched_sets = [rise(some) for some in draw_matched_sets(heads, redundant, MATCHED_SETS)]
     return {
         **{f"rise_{name}": rise(orders[name][:count]) for name in ("redundancy", "taylor", "magnitude")},
         "rise_random": float(np.mean(random_sets)),
         "rise_random_same_layers": float(np.mean(matched_sets)),
         "cheaper_random": sum(value < rise(redundant) for value in random_sets),
         "cheaper_random_same_layers": sum(value < rise(redundant) for value in matched_sets),
-        "attention_nats": without - whole,
+        "attention_nats": loss_without_attention(model, windows, BATCH) - whole,
     }
 
 

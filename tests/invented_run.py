@@ -149,15 +149,23 @@ def _invent_norm_study(root: Path) -> None:
                "token_cosine", "grad_ratio")  # fmt: skip
     write_csv(root / "plots/norm_study/runs.csv", columns, runs)
     write_csv(root / "plots/norm_study/curves.csv", (*RUN_KEYS, "step", "loss", "grad_norm"), steps)
-    _tabulate_norms(root)
     figures = {"unigram_entropy": 6.8, "unigram_val_loss": 6.85, "postln_rough_cmh_p": 0.03, "postln_lost_cmh_p": 0.02}
     write_json(root / "metrics/norm_study.json", figures)
+    _tabulate_norms(root)
 
 
 def _tabulate_norms(root: Path) -> None:
-    """Make the table of the norm study of its runs."""
-    folder = root / "plots/norm_study"
-    tabulate_settings(pd.read_csv(folder / "runs.csv")).to_csv(folder / "table.csv", index=False)
+    """Make the table of the norm study and the counts of its metrics from its runs."""
+    folder, metrics = root / "plots/norm_study", root / "metrics/norm_study.json"
+    runs = pd.read_csv(folder / "runs.csv")
+    tabulate_settings(runs).to_csv(folder / "table.csv", index=False)
+    main = runs[runs["arm"] == "main"]
+    bad = {"rough": main["loss_spikes"] + main["diverged"] > 0, "lost": main["stalled"] + main["diverged"] > 0}
+    figures = json.loads(metrics.read_text())
+    for norm in NORMS:
+        figures[f"{norm}_runs"] = int((main["norm"] == norm).sum())
+        figures |= {f"{norm}_{kind}_runs": int((some & (main["norm"] == norm)).sum()) for kind, some in bad.items()}
+    write_json(metrics, figures)
 
 
 def _invent_tokenizer_study(root: Path) -> None:

@@ -111,6 +111,7 @@ def measure_replicate(line: MainLine, seed: int, device: torch.device) -> Figure
         run = build_run(line.with_seed(seed), line.shape, line.batch_tokens, line.tokens, Dist(0, 0, 1, device))
         with _logging_as(f"seed {seed}"):
             result = fit(run.model, run.config, run.order, run.evaluation, run.dist, folder)
+            logging.info("trained; comparing and pruning heads")
         benchmark = load_benchmark(line.tokens / "hellaswag.npz")
         heads = study_heads(run.model, run.val, line.heads)
         similarities = {name: heads.matrices[name] for name in SAVED_SIMILARITIES}
@@ -141,14 +142,15 @@ def scratch_of(line: MainLine, seed: int) -> Path:
 def _logging_as(name: str) -> Iterator[None]:
     """Log the progress of one model under its name where this process, a worker, does not log yet."""
     root = logging.getLogger()
-    if not root.handlers:
-        logging.basicConfig(
-            level=logging.INFO, format=f"%(asctime)s replicates: {name}: %(message)s", datefmt="%H:%M:%S"
-        )
+    if root.handlers:
         yield
+        return
+    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s replicates: {name}: %(message)s", datefmt="%H:%M:%S")
+    try:
+        yield
+    finally:
+        # The next model of this worker logs under another name.
         root.handlers.clear()
-    else:
-        yield
 
 
 def read_main(metrics: Iterable[Path], seed: int) -> Figures:

@@ -4,6 +4,7 @@ import platform
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import pandas as pd
 from jinja2 import Environment, FileSystemLoader, StrictUndefined
@@ -27,11 +28,10 @@ def judge_claims(results: Results) -> list[Row]:
     return [judge(claim, results) for claim in CLAIMS]
 
 
-def summarise_claims(rows: Sequence[Row]) -> dict[str, int | str]:
+def summarise_claims(rows: Sequence[Row]) -> dict[str, Any]:
     """Figures of metrics/summary.json: the number of claims by verdict, and verdict_<key> of each claim."""
-    counts = {
-        f"claims_{verdict.replace(' ', '_')}": sum(row.verdict == verdict for row in rows) for verdict in VERDICTS
-    }
+    counts = {f"claims_{verdict.replace(' ', '_')}": 0 for verdict in VERDICTS}
+    counts |= {f"claims_{verdict.replace(' ', '_')}": count for verdict, count in count_verdicts(rows).items()}
     return counts | {f"verdict_{row.claim.key}": row.verdict for row in rows}
 
 
@@ -75,8 +75,8 @@ def write_report(results: Results, rows: Sequence[Row], figures: Mapping[str, st
 
 def count_verdicts(rows: Sequence[Row]) -> dict[str, int]:
     """Number of claims with each verdict that occurs, in the order of VERDICTS."""
-    counts = Counter(str(row.verdict) for row in rows)
-    return {verdict: counts[verdict] for verdict in dict.fromkeys((*VERDICTS, *counts)) if counts[verdict]}
+    counts = Counter(row.verdict for row in rows)
+    return {verdict: counts[verdict] for verdict in VERDICTS if counts[verdict]}
 
 
 def tabulate_claims(rows: Sequence[Row]) -> pd.DataFrame:

@@ -45,7 +45,7 @@ REPAIR_LINES: dict[str, Any] = dict(
     zip(("none", *REPAIRS.values()), ("-", "-", "-.", ":", "--", (0, (1, 3))), strict=True)
 )
 RUN = ["arm", "norm", "max_lr", "warmup_steps", "seed"]  # identifies a run of the norm study
-MAX_STEPS = 6  # lines per panel that are still told apart
+MAX_STEPS = 6  # lines per panel that can be distinguished
 MAX_RISE_PERCENT = 5
 HELLASWAG_CHANCE = 0.25
 RISES = (-50, -20, -10, 0, 5, 10, 20, 50, 100, 200, 500, 1_000, 10_000, 100_000)

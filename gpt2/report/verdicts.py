@@ -66,13 +66,14 @@ def of_each(held: Sequence[bool]) -> Verdict:
 
 
 def of_best(margins: Mapping[str, Sequence[float]]) -> tuple[Verdict, str]:
-    """Verdict on whether one of several alternatives has a figure above 0, and the alternative of the largest mean.
+    """Verdict on whether one of several alternatives has a figure above 0, and the one with the highest interval.
 
     Bonferroni: each interval is as wide as the number of alternatives asks for. Failed only if no alternative's plain
     interval reaches above 0.
     """
-    best = max(margins, key=lambda name: float(np.mean(margins[name])))
-    if any(of_margins(values, SIGNIFICANCE / len(margins)) == "passed" for values in margins.values()):
+    significance = SIGNIFICANCE / len(margins)
+    best = max(margins, key=lambda name: mean_interval(margins[name], significance)[0])
+    if of_margins(margins[best], significance) == "passed":
         return "passed", best
     failed = all(of_margins(values) == "failed" for values in margins.values())
     return "failed" if failed else "undecided", best

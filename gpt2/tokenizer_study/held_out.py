@@ -28,7 +28,7 @@ from gpt2.model.loss import token_losses
 from gpt2.tokenizer.encodings import PATTERN, ranked_tokens
 from gpt2.tokenizer_study.study import count_bytes
 
-# Kinds of characters, each of which GPT-2's pattern keeps together, and the end of a document.
+# Kinds of characters that GPT-2's pattern keeps together, and the end of a document.
 LETTER, NUMBER, SPACE, OTHER, END = range(5)
 # Rows of logits at a time.
 CHUNK = 256

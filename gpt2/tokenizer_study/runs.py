@@ -314,7 +314,7 @@ def fit_best_size(rows: pd.DataFrame) -> dict[str, int]:
     FIT_SIZES on either side: further away the curve is no parabola. Reported are the mean over seeds and its 95 % t
     interval, clipped to the measured range; the whole range from one seed. `runs_best_at_edge` is 1 if the optimum of a
     seed is an end of the measured range: the best size may then be outside, and the interval is too narrow. A
-    vocabulary of which a run diverged is left out; no entries if none is left.
+    vocabulary with a diverged run is left out; no entries if none is left.
     """
     bits = rows.pivot(index="seed", columns="vocab_size", values="bits_per_byte")
     bits = bits.replace(math.inf, math.nan).dropna(axis="columns").sort_index(axis="columns")
@@ -338,7 +338,7 @@ def vocabulary_run_figures(
     runs: Sequence[VocabularyRun], table: pd.DataFrame, texts: Mapping[str, RunText]
 ) -> dict[str, Any]:
     """Entries of metrics/tokenizer.json: the rows of the largest budget by vocabulary, the best vocabulary of each
-    budget, and the fitted best size of the largest. A vocabulary of which a run diverged has no bits per byte."""
+    budget, and the fitted best size of the largest. A vocabulary with a diverged run has no bits per byte."""
     test = next(iter(texts.values())).test
     figures: dict[str, Any] = {
         "runs_eval_bytes": test.n_bytes,

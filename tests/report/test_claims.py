@@ -7,7 +7,7 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from gpt2.pipeline.files import write_csv
+from gpt2.pipeline.files import read_json, write_csv, write_json
 from gpt2.report.claims import CLAIMS, TIMED_CLAIM, Row, judge
 from gpt2.report.results import Results
 from tests.invented_run import break_off, invent_run, load_weights, set_metric, set_models, set_norm_study
@@ -183,6 +183,8 @@ def test_a_norm_that_was_not_studied_leaves_its_claims_untested(tmp_path, norm):
     path = tmp_path / "plots/norm_study/runs.csv"
     runs = pd.read_csv(path)
     runs[runs["norm"] != norm].to_csv(path, index=False)
+    metrics = tmp_path / "metrics/norm_study.json"
+    write_json(metrics, {key: value for key, value in read_json(metrics).items() if not key.endswith("_cmh_p")})
     rows = [find_row(results, sentence) for sentence in ("smoothly", "spikes or diverges", "learns nothing")]
     assert [row.verdict for row in rows] == ["untested" if norm == "preln" else "passed", "untested", "untested"]
 
@@ -202,7 +204,6 @@ def test_other_arms_of_the_norm_study_decide_nothing(tmp_path):
     runs.loc[runs["arm"] != "main", "stalled"] = 1
     runs.to_csv(path, index=False)
     assert find_row(results, "smoothly").verdict == "passed"
-    assert "postln 2 of 8 runs" in find_row(results, "learns nothing").measured
 
 
 def set_runs(root: Path, name: str, **columns: float | list[float]) -> None:

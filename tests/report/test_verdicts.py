@@ -52,7 +52,9 @@ def test_the_best_of_many_alternatives_without_an_effect_seldom_passes():
     [
         ({"a": [1.0, 1.1, 0.9], "b": [-1.0, -1.1, -0.9]}, ("passed", "a")),
         ({"a": [-2.0, -2.1, -1.9], "b": [-1.0, -1.1, -0.9]}, ("failed", "b")),
-        ({"a": [-2.0, -2.1, -1.9], "b": [-1.0, 1.1, 0.9]}, ("undecided", "b")),
+        ({"a": [-2.0, -2.1, -1.9], "b": [-1.0, 1.1, 0.9]}, ("undecided", "a")),
+        # The alternative that passes is reported, not the one of the largest mean.
+        ({"a": [1.0, 1.1, 0.9], "b": [9.0, -4.0, 8.0]}, ("passed", "a")),
     ],
 )
 def test_alternatives_fail_only_together(margins, expected):
