@@ -27,7 +27,7 @@ import torch.nn.functional as F
 
 from bench.machine import describe_processor, warn_if_busy
 from gpt2.hellaswag.items import ENDINGS, ITEMS, Benchmark, read_items, tokenize_items
-from gpt2.hellaswag.scoring import HellaswagConfig, ItemSequences, evaluate_benchmark
+from gpt2.hellaswag.scoring import HellaswagConfig, cut_items, evaluate_benchmark
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import setup_device
 from gpt2.model.gpt import GPT
@@ -99,8 +99,7 @@ def measure_peak(device: torch.device) -> float:
 def count_operations(model: GPT, benchmark: Benchmark) -> float:
     """Of the products that no scorer can leave out, for all items."""
     rows, config = benchmark.protocols[PROTOCOL], model.config
-    sequences = ItemSequences(rows, config.block_size)
-    tokens = (sequences.shared + sequences.own.sum(1)).sum()
+    tokens = sum(item.tokens for item in cut_items(rows, config.block_size))
     in_blocks = sum(p.numel() for block in model.h for name, p in block.named_parameters() if p.dim() == 2)
     return 2.0 * (tokens * in_blocks + rows.ending_tokens.sum() * config.vocab_size * config.n_embd)
 

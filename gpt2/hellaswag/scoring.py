@@ -6,7 +6,9 @@ predicted from the same history as in a row by itself (tree attention, Miao et a
 """
 
 import math
+from collections.abc import Sequence
 from functools import partial
+from itertools import pairwise
 from typing import NamedTuple
 
 import numpy as np
@@ -24,8 +26,6 @@ from gpt2.pipeline.params import Config
 
 # Widths of sequences are rounded up to this, which masks on a GPU need for their fast kernel.
 WIDTH_MULTIPLE = 8
-# Items whose shared part is sought at a time, which bounds memory.
-CHUNK_ITEMS = 1024
 
 
 class HellaswagConfig(Config):
@@ -43,14 +43,17 @@ def score_rows(model: GPT, rows: TokenizedItems, batch_tokens: int, dist: Dist |
     longer.
     """
     device = model.wte.weight.device
-    items = ItemSequences(rows, model.config.block_size)
-    # Items of like length share a batch, the longest first so that running out of memory shows at once.
-    order = np.argsort(-items.width, kind="stable")
+    items = cut_items(rows, model.config.block_size)
+    # Items of similar length share a batch, the longest first so that running out of memory shows at once.
+    order = sorted(items, key=lambda item: -item.width)
     if dist is not None:
         order = order[dist.rank :: dist.world_size]
-    scores = torch.zeros(len(items.width) * ENDINGS, dtype=torch.float64, device=device)
-    for batch in _batches(order, items.width, batch_tokens):
-        layout = Layout(*(array.to(device, non_blocking=True) for array in items.lay_out(batch)))
+    scores = torch.zeros(len(items) * ENDINGS, dtype=torch.float64, device=device)
+    while order:
+        width = order[0].width
+        count = max(1, batch_tokens // width)
+        batch, order = order[:count], order[count:]
+        layout = Layout(*(tensor.to(device, non_blocking=True) for tensor in lay_out(batch)))
         attend = partial(F.scaled_dot_product_attention, attn_mask=_visible(layout.part))
         hidden = model.hidden(layout.idx, layout.position, [attend] * model.config.n_layer).flatten(0, 1)
         losses = token_losses(hidden[layout.cell], model.wte.weight, layout.target, model.config.vocab_size)
@@ -66,14 +69,45 @@ def _visible(part: Tensor) -> Tensor:
     return ((key == 0) | (key == query)).tril()[:, None]
 
 
-def _batches(order: np.ndarray, width: np.ndarray, batch_tokens: int) -> list[np.ndarray]:
-    """Cut items, widest first, into batches of at most `batch_tokens` padded tokens (at least one item each)."""
-    batches, start = [], 0
-    while start < len(order):
-        count = max(1, batch_tokens // int(width[order[start]]))
-        batches.append(order[start : start + count])
-        start += count
-    return batches
+class Item(NamedTuple):
+    """The four rows of an item, cut to the context; a row's last token is predicted, not read.
+
+    contexts: tokens of each row before its ending. shared: tokens that all rows begin with, of those that are read.
+    """
+
+    number: int
+    rows: list[np.ndarray]
+    contexts: list[int]
+    shared: int
+
+    @property
+    def tokens(self) -> int:
+        """Tokens that are read: the shared ones, and the own ones of each row."""
+        return self.shared + sum(len(row) - 1 - self.shared for row in self.rows)
+
+    @property
+    def width(self) -> int:
+        return -(-self.tokens // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
+
+
+def cut_items(rows: TokenizedItems, block_size: int) -> list[Item]:
+    """All items, their rows cut on the left to the context. Raises UserError if an ending leaves no token of it."""
+    items = []
+    pieces = [rows.tokens[max(begin, end - block_size - 1) : end] for begin, end in pairwise(rows.offsets.tolist())]
+    for first in range(0, len(pieces), ENDINGS):
+        number, cut = first // ENDINGS, pieces[first : first + ENDINGS]
+        scored = rows.ending_tokens[first : first + ENDINGS].tolist()
+        contexts = [len(row) - n for row, n in zip(cut, scored, strict=True)]
+        if min(contexts) < 1:
+            ending = next(i for i, context in enumerate(contexts) if context < 1)
+            raise UserError(
+                f"{ITEMS}, line {number + 1}: ending {ending} has {scored[ending]} tokens, which leaves no context "
+                f"within block_size={block_size}; remove the item or raise model.block_size"
+            )
+        read = min(map(len, cut)) - 1
+        differs = (np.array([row[:read] for row in cut]) != cut[0][:read]).any(0)
+        items.append(Item(number, cut, contexts, int(differs.argmax()) if differs.any() else read))
+    return items
 
 
 class Layout(NamedTuple):
@@ -92,109 +126,44 @@ class Layout(NamedTuple):
     row: Tensor
 
 
-class ItemSequences:
-    """Rows cut to the context, and the tokens that those of an item share. A row's last token is predicted, not read.
+def lay_out(items: Sequence[Item]) -> Layout:
+    """Items, the widest first, as one sequence each. An item with the context "a b" and four endings:
 
-    Raises UserError if an ending leaves no context.
+        row 0   a b | c d     predicted: c from b, d from c
+        row 1   a b | c e                c from b, e from c
+        row 2   a b | f                  f from b
+        row 3   a b | g h i              g from b, h from g, i from h
+
+    All rows but their last tokens are read: "a b" once, then "c", "c", nothing, "g h":
+
+        cell       0  1  2  3  4  5  6  7
+        idx        a  b  c  c  g  h  .  .
+        position   0  1  2  2  2  3  .  .
+        part       0  0  1  2  4  4 -1 -1
+
+        row        0  0  1  1  2  3  3  3
+        cell       1  2  1  3  1  1  4  5
+        target     c  d  c  e  f  g  h  i
     """
-
-    def __init__(self, rows: TokenizedItems, block_size: int):
-        self.tokens = rows.tokens
-        # (N, 4) each: first token, tokens read, and tokens of the ending.
-        starts = np.maximum(rows.offsets[:-1], rows.offsets[1:] - (block_size + 1))
-        self.starts = starts.reshape(-1, ENDINGS)
-        self.read = (rows.offsets[1:] - starts - 1).reshape(-1, ENDINGS)
-        self.scored = rows.ending_tokens.reshape(-1, ENDINGS)
-        if (too_long := self.scored > self.read).any():
-            item, ending = np.argwhere(too_long)[0]
-            raise UserError(
-                f"{ITEMS}, line {item + 1}: ending {ending} has {self.scored[item, ending]} tokens, which leaves no "
-                f"context within block_size={block_size}; remove the item or raise model.block_size"
-            )
-        self.shared = self._shared_tokens()
-        self.own = self.read - self.shared[:, None]
-        # Of an item's one sequence, (N,).
-        self.width = -(-(self.shared + self.own.sum(1)) // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
-
-    def _shared_tokens(self) -> np.ndarray:
-        """Number of tokens with which all rows of an item begin, (N,)."""
-        shared = []
-        for first in range(0, len(self.starts), CHUNK_ITEMS):
-            starts, limit = self.starts[first : first + CHUNK_ITEMS], self.read[first : first + CHUNK_ITEMS].min(1)
-            position = np.arange(limit.max() + 1)
-            # Positions beyond the shortest row are never compared, but must be somewhere in the tokens.
-            begun = self.tokens[np.minimum(starts[..., None] + position, len(self.tokens) - 1)]
-            differs = (begun != begun[:, :1]).any(1) | (position >= limit[:, None])
-            shared.append(differs.argmax(1))
-        return np.concatenate(shared)
-
-    def lay_out(self, batch: np.ndarray) -> Layout:
-        """The items of a batch, one sequence each. An item with the context "a b" and four endings:
-
-            row 0   a b | c d     predicted: c from b, d from c
-            row 1   a b | c e                c from b, e from c
-            row 2   a b | f                  f from b
-            row 3   a b | g h i              g from b, h from g, i from h
-
-        All rows but their last tokens are read: "a b" once, then "c", "c", nothing, "g h":
-
-            cell       0  1  2  3  4  5  6  7
-            idx        a  b  c  c  g  h  .  .
-            position   0  1  2  2  2  3  .  .
-            part       0  0  1  2  4  4 -1 -1
-
-            row        0  0  1  1  2  3  3  3
-            cell       1  2  1  3  1  1  4  5
-            target     c  d  c  e  f  g  h  i
-        """
-        # Of the five parts of each item, the shared one first: the length, and the cell where it begins, (B, 5).
-        lengths = np.column_stack([self.shared[batch], self.own[batch]])
-        width = int(self.width[batch].max())
-        cells = np.arange(len(batch))[:, None] * width + np.cumsum(lengths, axis=1) - lengths
-        return Layout(*self._read_tokens(batch, width, lengths, cells), *self._predicted_tokens(batch, cells))
-
-    def _read_tokens(
-        self, batch: np.ndarray, width: int, lengths: np.ndarray, cells: np.ndarray
-    ) -> tuple[Tensor, Tensor, Tensor]:
-        """idx, position and part of a batch whose parts have `lengths` and begin at `cells`, (B, 5) each."""
-        shared, starts = self.shared[batch], self.starts[batch]
-        # Where the parts begin in the benchmark's tokens and in the context, (B, 5): own tokens follow shared ones.
-        sources = np.column_stack([starts[:, 0], starts + shared[:, None]])
-        positions = np.column_stack([np.zeros_like(shared), *[shared] * ENDINGS])
-        parts = np.tile(np.arange(ENDINGS + 1), len(batch))
-        filled = _ranges(cells, lengths)
-
-        def fill(values: np.ndarray, padding: int) -> Tensor:
-            array = np.full(len(batch) * width, padding, dtype=np.int64)
-            array[filled] = values
-            return torch.from_numpy(array).view(len(batch), width)
-
-        return (
-            fill(self.tokens[_ranges(sources, lengths)], 0),
-            fill(_ranges(positions, lengths), 0),
-            fill(np.repeat(parts, lengths.ravel()), -1),
-        )
-
-    def _predicted_tokens(self, batch: np.ndarray, cells: np.ndarray) -> tuple[Tensor, Tensor, Tensor]:
-        """cell, target and row of a batch whose parts begin at `cells` (B, 5)."""
-        shared, scored = self.shared[batch], self.scored[batch]
-        # Of each predicted token, (S,): row and item within the batch, and the place in the row of the token before.
-        row = np.repeat(np.arange(len(batch) * ENDINGS), scored.ravel())
-        item = row // ENDINGS
-        before = _ranges(self.read[batch] - scored, scored)
-        in_shared_part = cells[item, 0] + before
-        in_own_part = cells[:, 1:].ravel()[row] + before - shared[item]
-        cell = np.where(before < shared[item], in_shared_part, in_own_part)
-        target = self.tokens[self.starts[batch].ravel()[row] + before + 1].astype(np.int64)
-        row_of_benchmark = batch[item] * ENDINGS + row % ENDINGS
-        return torch.from_numpy(cell), torch.from_numpy(target), torch.from_numpy(row_of_benchmark)
-
-
-def _ranges(starts: np.ndarray, counts: np.ndarray) -> np.ndarray:
-    """The ranges from starts[i] with counts[i] numbers each, laid end to end."""
-    starts, counts = starts.ravel(), counts.ravel()
-    skipped = np.cumsum(counts) - counts
-    return np.repeat(starts - skipped, counts) + np.arange(counts.sum())
+    width = items[0].width
+    idx, position = np.zeros((2, len(items), width), dtype=np.int64)
+    part = np.full((len(items), width), -1)
+    cells, targets, numbers = [], [], []
+    for i, item in enumerate(items):
+        shared = np.arange(item.shared)
+        idx[i, shared], position[i, shared], part[i, shared] = item.rows[0][shared], shared, 0
+        begin = item.shared
+        for ending, (row, context) in enumerate(zip(item.rows, item.contexts, strict=True)):
+            own = np.arange(begin, begin + len(row) - 1 - item.shared)
+            idx[i, own], part[i, own] = row[item.shared : -1], ending + 1
+            position[i, own] = np.arange(item.shared, len(row) - 1)
+            # The row reads the shared cells and then its own; each predicts the token after it.
+            cells.append(i * width + np.concatenate([shared, own])[context - 1 :])
+            targets.append(row[context:].astype(np.int64))
+            numbers.append(np.full(len(row) - context, item.number * ENDINGS + ending))
+            begin += len(own)
+    arrays = idx, position, part, *map(np.concatenate, (cells, targets, numbers))
+    return Layout(*map(torch.from_numpy, arrays))
 
 
 def predictions(protocol: str, scores: np.ndarray, rows: TokenizedItems) -> dict[str, np.ndarray]:

@@ -8,7 +8,15 @@ import pytest
 import torch
 
 from gpt2.hellaswag.items import ACCURACIES, PROTOCOLS, Benchmark, TokenizedItems, tokenize_items
-from gpt2.hellaswag.scoring import ItemSequences, accuracy, evaluate_benchmark, predictions, score_model, score_rows
+from gpt2.hellaswag.scoring import (
+    accuracy,
+    cut_items,
+    evaluate_benchmark,
+    lay_out,
+    predictions,
+    score_model,
+    score_rows,
+)
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import Dist
 from gpt2.model.gpt import GPT
@@ -99,7 +107,7 @@ def test_the_layout_of_the_example_is_the_drawn_one():
     a, b, c, d, e, f, g, h, i = range(1, 10)
     tokens = np.array([*(a, b, c, d), *(a, b, c, e), *(a, b, f), *(a, b, g, h, i)], dtype=np.uint16)
     rows = TokenizedItems(tokens, np.array([0, 4, 8, 11, 16]), np.array([2, 2, 1, 3]), np.zeros(4))
-    layout = ItemSequences(rows, BLOCK_SIZE).lay_out(np.array([0]))
+    layout = lay_out(cut_items(rows, BLOCK_SIZE))
     assert layout.idx.tolist() == [[a, b, c, c, g, h, 0, 0]]
     assert layout.position.tolist() == [[0, 1, 2, 2, 2, 3, 0, 0]]
     assert layout.part.tolist() == [[0, 0, 1, 2, 4, 4, -1, -1]]
