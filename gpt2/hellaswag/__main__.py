@@ -25,23 +25,19 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Comparison]:
     """A comparison by each accuracy. Raises UserError if the scores are of other items."""
     if len(a) != len(b) or (a["label"] != b["label"]).any():
         raise UserError(f"A has {len(a)} items, B {len(b)}, or other labels; compare scores of the same benchmark")
-    comparisons = {}
-    for name in ACCURACIES:
-        right_a, right_b = ((of[name] == of["label"]).to_numpy() for of in (a, b))
-        comparisons[name] = count_items(right_a, right_b)
-    return comparisons
+    right_a, right_b = (scores[[*ACCURACIES]].eq(scores["label"], axis=0) for scores in (a, b))
+    return {name: count_items(right_a[name].to_numpy(), right_b[name].to_numpy()) for name in ACCURACIES}
 
 
 def read_scores(source: str) -> pd.DataFrame:
     """Scores from a file or, where there is none of that name, a revision. Raises UserError if neither has any."""
+    file = SCORES if source == "workspace" else Path(source)
     try:
-        if Path(source).is_file():
-            scores = pd.read_csv(source)
-        elif source == "workspace":
-            scores = pd.read_csv(SCORES)
+        if file.is_file():
+            scores = pd.read_csv(file)
         else:
-            with dvc.api.open(str(SCORES), rev=source) as file:
-                scores = pd.read_csv(file)
+            with dvc.api.open(str(SCORES), rev=source) as content:
+                scores = pd.read_csv(content)
     except (OSError, ValueError, DvcException, SCMError) as error:
         raise UserError(
             f"{source} is neither a readable file of scores nor a revision that DVC has {SCORES} of ({error}); "
@@ -54,43 +50,32 @@ def read_scores(source: str) -> pd.DataFrame:
 
 def render_comparisons(comparisons: dict[str, Comparison]) -> str:
     """The comparisons as a table."""
-    table = pd.DataFrame(
-        {
-            "both right": [c.both for c in comparisons.values()],
-            "only A": [c.only_a for c in comparisons.values()],
-            "only B": [c.only_b for c in comparisons.values()],
-            "neither": [c.neither for c in comparisons.values()],
-            "A %": [f"{100 * (c.both + c.only_a) / c.items:.2f}" for c in comparisons.values()],
-            "B %": [f"{100 * (c.both + c.only_b) / c.items:.2f}" for c in comparisons.values()],
-            "B - A": [_show_difference(c) for c in comparisons.values()],
-            "p": [f"{c.p_value:.3g}" for c in comparisons.values()],
-        },
-        index=list(comparisons),
-    )
-    items = next(iter(comparisons.values())).items
+    rows = {}
+    for name, found in comparisons.items():
+        both, only_a, only_b, neither = found
+        difference, low, high = (100 * x for x in (found.difference[0], *found.interval))
+        rows[name] = {
+            **{"both right": both, "only A": only_a, "only B": only_b, "neither": neither},
+            "A %": f"{100 * (both + only_a) / found.items:.2f}",
+            "B %": f"{100 * (both + only_b) / found.items:.2f}",
+            "B - A": f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]",
+            "p": f"{found.p_value:.3g}",
+        }
     return (
-        f"{items:,} items; B - A in points with its 95 % interval (Newcombe); p by McNemar's exact test\n\n"
-        f"{table.to_string()}"
+        f"{found.items:,} items; B - A in points with its 95 % interval (Newcombe); p by McNemar's exact test\n\n"
+        f"{pd.DataFrame.from_dict(rows, orient='index').to_string()}"
     )
-
-
-def _show_difference(comparison: Comparison) -> str:
-    difference, low, high = (100 * x for x in (comparison.difference[0], *comparison.interval))
-    return f"{difference:+.2f} [{low:+.2f}, {high:+.2f}]"
 
 
 def main(argv: list[str] | None = None) -> None:
     """The command line above."""
     parser = Parser(prog="python -m gpt2.hellaswag", description="Compare two models on HellaSwag.")
-    parser.add_argument("sources", nargs="*", metavar="A B", help="two files of scores, or two revisions")
-    parser.add_argument("--compare", nargs=2, metavar=("A", "B"), help="an older spelling of A B")
+    parser.add_argument("--compare", action="store_true", help="may precede A B, as in older versions")
+    parser.add_argument("a", metavar="A", help="file of scores, or revision")
+    parser.add_argument("b", metavar="B", help="another one")
     options = parser.parse_args(argv)
-    sources = options.compare or options.sources
-    if len(sources) != 2:
-        parser.error("name two models to compare: files of scores, or revisions")
-    a, b = sources
     with reporting("hellaswag"):
-        print(render_comparisons(compare(read_scores(a), read_scores(b))))
+        print(render_comparisons(compare(read_scores(options.a), read_scores(options.b))))
 
 
 if __name__ == "__main__":

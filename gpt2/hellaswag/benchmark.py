@@ -59,24 +59,27 @@ class BenchmarkConfig(Config):
 
 
 class Passage(NamedTuple):
-    """Consecutive words of a document, cut in two."""
+    """Consecutive words of a document, cut in two; `document` is its number in the test split."""
 
+    document: int
     context: str
     ending: str
 
 
 def make_items(config: BenchmarkConfig, corpus: Path) -> list[dict[str, Any]]:
-    """The items of the chosen source. Raises UserError if it cannot be read or breaks HellaSwag's form."""
+    """The items of the chosen source.
+
+    Raises UserError if it cannot be read, breaks HellaSwag's form, holds fewer items than config.items, or is another
+    set than HellaSwag's validation split although config.items is the size of that.
+    """
     if config.source == "heldout":
         return heldout_items(read_split(corpus, "test"), config)
     if config.source == "file":
         assert config.path is not None  # BenchmarkConfig refuses it
-        return _take(list(read_items(config.path)), config.items, str(config.path))
-    return _take(list(_read_hub(config)), config.items, config.dataset)
-
-
-def _take(items: list[dict[str, Any]], n: int | None, place: str) -> list[dict[str, Any]]:
-    """The first `n`, or all. Raises UserError if there are fewer, or if HellaSwag's number is asked of another set."""
+        place, items = str(config.path), list(read_items(config.path))
+    else:
+        place, items = config.dataset, list(_read_hub(config))
+    n = config.items
     if n is not None and (len(items) < n or (n == WHOLE and len(items) != WHOLE)):
         whole = " of the whole validation split of HellaSwag" if n == WHOLE else ""
         raise UserError(
@@ -103,8 +106,7 @@ def heldout_items(documents: Iterator[str], config: BenchmarkConfig) -> list[dic
     the number of the document in the test split. Gives config.items items, or as many as there are. Raises UserError if
     these are fewer than MIN_ITEMS, or come from fewer than four documents.
     """
-    gathered = _gather(documents, config)
-    numbers, by_document = list(gathered), list(gathered.values())
+    by_document = _gather(documents, config)
     n_items = _count_usable(by_document, config)
     if n_items < MIN_ITEMS or len(by_document) < ENDINGS:
         raise UserError(
@@ -118,39 +120,41 @@ def heldout_items(documents: Iterator[str], config: BenchmarkConfig) -> list[dic
     items: list[dict[str, Any]] = []
     taken: Counter[int] = Counter()
     for chosen in rng.permutation(len(passages)).tolist():
-        document, passage = passages[chosen]
+        i, (document, context, right) = passages[chosen]
         # Drawn for passages over the limit too, so that the limit does not change the other items.
-        endings, label = _draw_endings(rng, by_document, document, passage.ending)
+        endings, label = _draw_endings(rng, by_document, i, right)
         if taken[document] != config.max_per_document:
             taken[document] += 1
-            items.append(_item(len(items), passage.context, endings, label, f"test~{numbers[document]}"))
+            contexts = {"ctx_a": context, "ctx_b": "", "ctx": context}
+            answers = {"endings": endings, "label": label, "source_id": f"test~{document}"}
+            items.append({"ind": len(items), "activity_label": "Continuation", **contexts, **answers})
         if len(items) == config.items:
             break
     return items
 
 
 def _draw_endings(
-    rng: np.random.Generator, by_document: list[list[Passage]], document: int, right: str
+    rng: np.random.Generator, by_document: list[list[Passage]], i: int, right: str
 ) -> tuple[list[str], int]:
-    """The right ending among three of other documents, and its place."""
-    # Numbers of other documents: those from `document` on are one higher.
+    """The right ending, of document i, among three of other documents, and its place."""
+    # Indices of other documents: those from `i` on are one higher.
     others = rng.choice(len(by_document) - 1, ENDINGS - 1, replace=False)
-    others += others >= document
+    others += others >= i
     endings = [by_document[other][rng.integers(len(by_document[other]))].ending for other in others]
     label = int(rng.integers(ENDINGS))
     endings.insert(label, right)
     return endings, label
 
 
-def _gather(documents: Iterator[str], config: BenchmarkConfig) -> dict[int, list[Passage]]:
-    """Passages by number of the document, their endings distinct; documents without any are left out."""
-    assert config.items and config.context_words and config.ending_words  # BenchmarkConfig refuses it
-    by_document: dict[int, list[Passage]] = {}
+def _gather(documents: Iterator[str], config: BenchmarkConfig) -> list[list[Passage]]:
+    """Passages by document, their endings distinct; documents without any are left out."""
+    assert config.items  # BenchmarkConfig refuses it
+    by_document: list[list[Passage]] = []
     endings: set[str] = set()
     usable = 0
     for number, text in enumerate(documents):
-        if found := _passages(text, config.context_words, config.ending_words, endings):
-            by_document[number] = found
+        if found := _passages(number, text, config, endings):
+            by_document.append(found)
             usable += _count_usable([found], config)
         if usable >= PASSAGES_PER_ITEM * config.items:
             break
@@ -162,20 +166,21 @@ def _count_usable(by_document: Sequence[Sequence[Passage]], config: BenchmarkCon
     return sum(min(len(found), config.max_per_document or len(found)) for found in by_document)
 
 
-def _passages(text: str, context_words: int, ending_words: int, endings: set[str]) -> list[Passage]:
+def _passages(number: int, text: str, config: BenchmarkConfig, endings: set[str]) -> list[Passage]:
     """Disjoint passages of one document whose endings are prose and not among `endings`, to which they are added."""
+    assert config.context_words and config.ending_words  # BenchmarkConfig refuses it
     text = re.sub(r"\s+", lambda gap: "\n" if "\n" in gap[0] else " ", text)
     spans = [word.span() for word in re.finditer(r"\S+", text)]
     found = []
     start = 0
-    while (end := start + context_words + ending_words) <= len(spans):
-        middle = start + context_words
+    while (end := start + config.context_words + config.ending_words) <= len(spans):
+        middle = start + config.context_words
         ending = text[spans[middle][0] : spans[end - 1][1]]
         if ending in endings or not is_prose(ending):
-            start += ending_words
+            start += config.ending_words
             continue
         endings.add(ending)
-        found.append(Passage(text[spans[start][0] : spans[middle - 1][1]], ending))
+        found.append(Passage(number, text[spans[start][0] : spans[middle - 1][1]], ending))
         start = end
     return found
 
@@ -190,19 +195,6 @@ def is_prose(text: str) -> bool:
     return 2 * of_letters >= len(words) and max(map(len, words)) <= LONGEST_WORD and not {"[", "]"} & set(text)
 
 
-def _item(ind: int, context: str, endings: list[str], label: int, source_id: str) -> dict[str, Any]:
-    return {
-        "ind": ind,
-        "activity_label": "Continuation",
-        "ctx_a": context,
-        "ctx_b": "",
-        "ctx": context,
-        "endings": endings,
-        "label": label,
-        "source_id": source_id,
-    }
-
-
 def _read_hub(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
     remedy = "set benchmark.source to file and benchmark.path to a local copy, or to heldout"
     for name, path in open_dataset(config.dataset, config.revision, config.files).fetch():
@@ -210,7 +202,7 @@ def _read_hub(config: BenchmarkConfig) -> Iterator[dict[str, Any]]:
             rows = pq.read_table(path).to_pylist()
             for number, row in enumerate(rows, start=1):
                 # The hub's copy holds the label as a string.
-                yield check_item({**row, "label": int(row.get("label", -1))}, f"{config.dataset}, {name}, row {number}")
+                yield check_item({**row, "label": int(row.get("label", -1))}, f"{config.dataset}/{name}:{number}")
         except UserError:
             raise
         except (pa.ArrowException, ValueError, OSError) as error:

@@ -12,18 +12,44 @@ import zlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 from zipfile import BadZipFile
 
 import numpy as np
 import tiktoken
+from pydantic import AfterValidator, BeforeValidator, ConfigDict, Field, NonNegativeInt
 
 from gpt2.pipeline.files import UserError, atomic_path
+from gpt2.pipeline.params import Config, build
 
 ITEMS = Path("data/hellaswag.jsonl")
 ENDINGS = 4
-TEXT_FIELDS = ("activity_label", "ctx_a", "ctx_b", "ctx")
 # Fields of Benchmark with an entry for each item.
 ITEM_ARRAYS = ("labels", "documents", "in_training")
+
+
+def _refuse_blank(text: str) -> str:
+    if not text.strip():
+        raise ValueError("must not be blank")
+    return text
+
+
+Text = Annotated[str, AfterValidator(_refuse_blank)]
+
+
+class HellaswagItem(Config):
+    """An item in HellaSwag's own form, without other fields; `source_id` (video or article) may be absent."""
+
+    model_config = ConfigDict(extra="ignore")
+
+    ind: NonNegativeInt
+    activity_label: str
+    ctx_a: str
+    ctx_b: str
+    ctx: Text
+    endings: list[Text] = Field(min_length=ENDINGS, max_length=ENDINGS)
+    label: int = Field(ge=0, lt=ENDINGS)
+    source_id: Annotated[str, BeforeValidator(lambda value: value or "")] = ""
 
 
 @dataclass(frozen=True)
@@ -37,6 +63,11 @@ class TokenizedItems:
     offsets: np.ndarray
     ending_tokens: np.ndarray
     ending_chars: np.ndarray
+
+    def first(self, n: int) -> "TokenizedItems":
+        """The rows of the first `n` items."""
+        end, bounds = ENDINGS * n, self.offsets[: ENDINGS * n + 1]
+        return TokenizedItems(self.tokens[: bounds[-1]], bounds, self.ending_tokens[:end], self.ending_chars[:end])
 
 
 @dataclass(frozen=True)
@@ -60,16 +91,8 @@ class Benchmark:
 
     def first(self, n: int) -> "Benchmark":
         """The first `n` items, or all if there are fewer."""
-        n = min(n, len(self.labels))
-        protocols = {name: _first_rows(rows, n) for name, rows in self.protocols.items()}
+        protocols = {name: rows.first(min(n, len(self.labels))) for name, rows in self.protocols.items()}
         return Benchmark(self.labels[:n], protocols, self.documents[:n], self.in_training[:n])
-
-
-def _first_rows(rows: TokenizedItems, n: int) -> TokenizedItems:
-    end = ENDINGS * n
-    return TokenizedItems(
-        rows.tokens[: rows.offsets[end]], rows.offsets[: end + 1], rows.ending_tokens[:end], rows.ending_chars[:end]
-    )
 
 
 def _completion(item: dict, ending: str, encoding: tiktoken.Encoding) -> tuple[list[int], int, int]:
@@ -142,42 +165,16 @@ def read_items(path: Path) -> Iterator[dict]:
     try:
         with opener(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
-                yield check_item(json.loads(line), f"{path}, line {number}")
+                yield check_item(json.loads(line), f"{path}:{number}")
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; benchmark.path must name a HellaSwag JSONL file") from error
     except UserError:
         raise
     except (ValueError, OSError, EOFError, zlib.error) as error:
-        raise UserError(f"{path}, line {number}: not UTF-8 JSON lines ({error}); fetch the file again") from error
+        raise UserError(f"{path}:{number}: not UTF-8 JSON lines ({error}); get the file again") from error
 
 
 def check_item(item: object, place: str) -> dict:
-    """The fields of a HellaSwag item, in order, without any others; `source_id` (video or article) may be absent.
-
-    Raises UserError naming place and rule.
-    """
-    if not isinstance(item, dict):
-        raise UserError(f"{place}: a line must hold a JSON object, not {type(item).__name__}")
-    if missing := [field for field in ("ind", *TEXT_FIELDS, "endings", "label") if field not in item]:
-        raise UserError(f"{place} lacks {', '.join(missing)}; a HellaSwag item has them")
-    for field in TEXT_FIELDS:
-        if not isinstance(item[field], str):
-            raise UserError(f"{place}: {field} = {item[field]!r} must be a string")
-    if not item["ctx"].strip():
-        raise UserError(f"{place}: ctx must not be empty")
-    endings = item["endings"]
-    if not isinstance(endings, list) or not all(isinstance(ending, str) and ending.strip() for ending in endings):
-        raise UserError(f"{place}: endings = {endings!r} must be a list of strings that are not empty")
-    if len(endings) != ENDINGS:
-        raise UserError(f"{place}: endings has {len(endings)} entries; a HellaSwag item has {ENDINGS}")
-    for field, limit in (("ind", None), ("label", ENDINGS)):
-        value = item[field]
-        if type(value) is not int or value < 0 or (limit is not None and value >= limit):
-            rule = f"a whole number from 0 to {limit - 1}" if limit else "a whole number from 0"
-            raise UserError(f"{place}: {field} = {value!r} must be {rule}")
-    fields = ["ind", *TEXT_FIELDS, "endings", "label"]
-    if source := item.get("source_id"):
-        if not isinstance(source, str):
-            raise UserError(f"{place}: source_id = {source!r} must be a string, or absent")
-        fields.append("source_id")
-    return {field: item[field] for field in fields}
+    """The fields of `HellaswagItem` in order, source_id if there is one. Raises UserError naming place, field, rule."""
+    remedy = "; correct the item, or get the file again"
+    return build(HellaswagItem, item, place, remedy).model_dump(exclude_defaults=True)

@@ -69,7 +69,7 @@ def _visible(part: Tensor) -> Tensor:
     return ((key == 0) | (key == query)).tril()[:, None]
 
 
-class Item(NamedTuple):
+class CutItem(NamedTuple):
     """The four rows of an item, cut to the context; a row's last token is predicted, not read.
 
     contexts: tokens of each row before its ending. shared: tokens that all rows begin with, of those that are read.
@@ -90,7 +90,7 @@ class Item(NamedTuple):
         return -(-self.tokens // WIDTH_MULTIPLE) * WIDTH_MULTIPLE
 
 
-def cut_items(rows: TokenizedItems, block_size: int) -> list[Item]:
+def cut_items(rows: TokenizedItems, block_size: int) -> list[CutItem]:
     """All items, their rows cut on the left to the context. Raises UserError if an ending leaves no token of it."""
     items = []
     pieces = [rows.tokens[max(begin, end - block_size - 1) : end] for begin, end in pairwise(rows.offsets.tolist())]
@@ -106,7 +106,7 @@ def cut_items(rows: TokenizedItems, block_size: int) -> list[Item]:
             )
         read = min(map(len, cut)) - 1
         differs = (np.array([row[:read] for row in cut]) != cut[0][:read]).any(0)
-        items.append(Item(number, cut, contexts, int(differs.argmax()) if differs.any() else read))
+        items.append(CutItem(number, cut, contexts, int(differs.argmax()) if differs.any() else read))
     return items
 
 
@@ -126,7 +126,7 @@ class Layout(NamedTuple):
     row: Tensor
 
 
-def lay_out(items: Sequence[Item]) -> Layout:
+def lay_out(items: Sequence[CutItem]) -> Layout:
     """Items, the widest first, as one sequence each. An item with the context "a b" and four endings:
 
         row 0   a b | c d     predicted: c from b, d from c

@@ -2,6 +2,7 @@
 
 import re
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -12,30 +13,19 @@ from gpt2.tokenizer.encodings import load_encoding
 
 
 def make_item(ind: int, label: str, ctx_a: str, ctx_b: str, endings: list[str]) -> dict:
-    ctx = f"{ctx_a} {ctx_b}" if ctx_b else ctx_a
-    return {
-        "ind": ind,
-        "activity_label": label,
-        "ctx_a": ctx_a,
-        "ctx_b": ctx_b,
-        "ctx": ctx,
-        "endings": endings,
-        "label": 2,
-    }
+    contexts = {"ctx_a": ctx_a, "ctx_b": ctx_b, "ctx": f"{ctx_a} {ctx_b}" if ctx_b else ctx_a}
+    return {"ind": ind, "activity_label": label, **contexts, "endings": endings, "label": 2}
 
 
+CANOE = "Two women in a child are shown in a canoe while a man pulls the canoe."
+CLEAN = "[header] How to clean [title] Get a brush. [step] It should be stiff [title] Scrub."
 ITEMS = [
     make_item(
-        *(0, "Canoeing", "Two women in a child are shown in a canoe while a man pulls the canoe.", "the Man"),
+        *(0, "Canoeing", CANOE, "the Man"),
         ["is calm.", "and the women are paddling, naïvely 🙂.", "sings", "burns down, slowly  but surely."],
     ),
     make_item(
-        *(
-            1,
-            "Home and Garden",
-            "[header] How to clean [title] Get a brush. [step] It should be stiff [title] Scrub.",
-            "",
-        ),
+        *(1, "Home and Garden", CLEAN, ""),
         ["[step] Do it  twice.", "Rinse. [substeps] Use soap. [title] Dry.", " leading space", "x"],
     ),
     # What cleaning removes at the end of a context leaves a space, which belongs to the ending.
@@ -138,27 +128,32 @@ def test_the_first_items_are_those_of_a_shorter_list(benchmark, n):
     assert_equal(benchmark.first(n), tokenize_items(ITEMS[:n], load_encoding()))
 
 
-@pytest.mark.parametrize("kept", [0, 3, 50, -5], ids=["empty", "stub", "head", "all but the end"])
-def test_a_cut_file_is_refused(tmp_path, benchmark, kept):
-    path = tmp_path / "items.npz"
-    save_benchmark(benchmark, path)
-    path.write_bytes(path.read_bytes()[:kept])
-    with pytest.raises(UserError, match=r"items\.npz cannot be read .*; run `dvc repro -f tokenize`"):
-        load_benchmark(path)
+def cut(content: bytes, kept: int) -> bytes:
+    return content[:kept]
 
 
-def test_a_file_with_a_changed_byte_is_refused(tmp_path, benchmark):
+def flip(content: bytes) -> bytes:
+    """One other byte within the tokens of the protocol harness."""
+    tokens = tokenize_items(ITEMS, load_encoding()).protocols["harness"].tokens.tobytes()
+    place = content.index(tokens) + 7
+    return content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [*(partial(cut, kept=kept) for kept in (0, 3, 50, -5)), flip],
+    ids=["empty", "stub", "head", "end", "byte"],
+)
+def test_a_damaged_file_is_refused(tmp_path, benchmark, damage):
     path = tmp_path / "items.npz"
     save_benchmark(benchmark, path)
-    content = bytearray(path.read_bytes())
-    content[content.index(benchmark.protocols["harness"].tokens.tobytes()) + 7] ^= 1
-    path.write_bytes(content)
-    with pytest.raises(UserError, match=r"items\.npz cannot be read"):
+    path.write_bytes(damage(path.read_bytes()))
+    with pytest.raises(UserError, match=r"items\.npz .*dvc repro -f tokenize"):
         load_benchmark(path)
 
 
 def test_an_absent_or_incomplete_file_is_refused(tmp_path, benchmark):
-    with pytest.raises(UserError, match=r"items\.npz cannot be read .*dvc repro"):
+    with pytest.raises(UserError, match=r"items\.npz .*dvc repro -f tokenize"):
         load_benchmark(tmp_path / "items.npz")
     np.savez(tmp_path / "items.npz", labels=benchmark.labels)
     with pytest.raises(UserError, match="completion_tokens"):

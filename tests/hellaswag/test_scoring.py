@@ -23,10 +23,11 @@ from gpt2.model.gpt import GPT
 from gpt2.pipeline.files import UserError
 from gpt2.tokenizer.encodings import load_encoding
 from tests.analysed import BLOCK_SIZE, VOCAB_SIZE, make_benchmark, make_model
+from tests.hellaswag.test_items import make_item
 
 N_ITEMS = 7
-# Items of HellaSwag's validation split.
-N_FULL = 10042
+# Enough for random scores to come close to ties.
+N_MANY = 1000
 
 
 def make_rows(lengths: list[int], ending_tokens: list[int], seed: int = 0) -> TokenizedItems:
@@ -122,19 +123,9 @@ def test_text_is_scored_as_by_hand_under_each_protocol(protocol):
     model = GPT(GPTConfig(**shape, norm="preln"), seed=1).eval()
     with torch.no_grad():
         model.wte.weight *= 50
-    items = [
-        {
-            **{
-                "ind": i,
-                "activity_label": "Sailing",
-                "ctx_a": "The wind turns. " * i + "[step] The sail",
-                "ctx_b": "then",
-            },
-            **{"ctx": "The wind turns. " * i + "[step] The sail then", "label": i},
-            "endings": ["tears.", "fills again and pulls.", "[title] falls", "is taken in by the crew"],
-        }
-        for i in range(4)
-    ]
+    contexts = ["The wind turns. " * i + "[step] The sail" for i in range(4)]
+    endings = ["tears.", "fills again and pulls.", "[title] falls", "is taken in by the crew"]
+    items = [{**make_item(i, "Sailing", contexts[i], "then", endings), "label": i} for i in range(4)]
     benchmark = tokenize_items(items, load_encoding())
     rows = benchmark.protocols[protocol]
     expected = score_one_by_one(model, rows)
@@ -150,6 +141,14 @@ def test_text_is_scored_as_by_hand_under_each_protocol(protocol):
     assert figures.keys() == {f"{protocol}_{kind}{end}" for kind in right for end in ("", "_stderr")}
 
 
+def assert_scored_alike(rows: TokenizedItems, scores: np.ndarray, expected: np.ndarray) -> None:
+    """The same scores but for rounding, and the same choices."""
+    np.testing.assert_allclose(scores, expected, rtol=0, atol=2e-5)
+    for protocol in PROTOCOLS:
+        found, wanted = (predictions(protocol, of, rows) for of in (scores, expected))
+        assert all((found[kind] == wanted[kind]).all() for kind in wanted)
+
+
 class Process(Dist):
     """One of several processes that are run one after another: its sums are its own part."""
 
@@ -159,65 +158,40 @@ class Process(Dist):
 
 @pytest.mark.parametrize("world_size", [1, 2, 5, 40])
 def test_parts_of_all_processes_add_up_to_the_whole(rows, world_size):
-    model = make_model()
-    whole = score_rows(model, rows, 60)
-    parts = [
-        score_rows(model, rows, 60, Process(rank, rank, world_size, torch.device("cpu"))) for rank in range(world_size)
-    ]
+    processes = [Process(rank, rank, world_size, torch.device("cpu")) for rank in range(world_size)]
+    parts = [score_rows(make_model(), rows, 60, process) for process in processes]
     # Each row is scored by one process; batches of other rows round differently.
     assert (sum((part != 0).astype(int) for part in parts) == 1).all()
-    np.testing.assert_allclose(sum(parts), whole, rtol=0, atol=2e-5)
+    assert_scored_alike(rows, sum(parts), score_rows(make_model(), rows, 60))
 
 
 @pytest.fixture(scope="module")
-def full() -> tuple[TokenizedItems, np.ndarray]:
-    """As many items as HellaSwag has, with a shared context each, and their scores."""
+def many() -> tuple[TokenizedItems, np.ndarray]:
+    """Items with a shared context each, and their scores."""
     rng = np.random.default_rng(2)
-    context = rng.integers(1, 5, N_FULL)
-    endings = rng.integers(1, 4, 4 * N_FULL)
+    context = rng.integers(1, 5, N_MANY)
+    endings = rng.integers(1, 4, 4 * N_MANY)
     rows = share(make_rows((np.repeat(context, 4) + endings).tolist(), endings.tolist()), context.tolist())
     return rows, score_rows(make_model(), rows, 4096)
 
 
-def assert_chosen_alike(rows: TokenizedItems, scores: np.ndarray, expected: np.ndarray) -> None:
-    for protocol in PROTOCOLS:
-        found, wanted = (predictions(protocol, of, rows) for of in (scores, expected))
-        assert all((found[kind] == wanted[kind]).all() for kind in wanted)
-
-
-def test_three_processes_choose_the_endings_that_one_chooses(full):
-    rows, expected = full
-    processes = [Process(rank, rank, 3, torch.device("cpu")) for rank in range(3)]
-    parts = [score_rows(make_model(), rows, 4096, process) for process in processes]
-    assert sorted((part != 0).all(1).sum() for part in parts) == [N_FULL // 3, N_FULL // 3, N_FULL // 3 + 1]
-    assert_chosen_alike(rows, sum(parts), expected)
-
-
 @pytest.mark.parametrize("batch_tokens", [1, 64 * 16])
-def test_items_alone_or_64_at_a_time_get_the_same_endings(full, batch_tokens):
-    rows, expected = full
-    n = 1000
-    some = Benchmark(np.zeros(N_FULL), {"completion": rows}).first(n).protocols["completion"]
-    scores = score_rows(make_model(), some, batch_tokens)
-    np.testing.assert_allclose(scores, expected[:n], rtol=0, atol=2e-5)
-    assert_chosen_alike(some, scores, expected[:n])
+def test_items_alone_or_64_at_a_time_are_scored_alike(many, batch_tokens):
+    rows, expected = many
+    assert_scored_alike(rows, score_rows(make_model(), rows, batch_tokens), expected)
 
 
-def test_the_order_of_the_items_changes_nothing(full):
-    rows, expected = full
-    n = 500
-    some = Benchmark(np.zeros(N_FULL), {"completion": rows}).first(n).protocols["completion"]
-    backwards = np.arange(4 * n).reshape(n, 4)[::-1].ravel()
-    pieces = np.split(some.tokens, some.offsets[1:-1])
+def test_the_order_of_the_items_changes_nothing(many):
+    rows, expected = many
+    backwards = np.arange(4 * N_MANY).reshape(N_MANY, 4)[::-1].ravel()
+    pieces = np.split(rows.tokens, rows.offsets[1:-1])
     turned = TokenizedItems(
         np.concatenate([pieces[row] for row in backwards]),
         np.cumsum([0, *(len(pieces[row]) for row in backwards)]),
-        some.ending_tokens[backwards],
-        some.ending_chars[backwards],
+        rows.ending_tokens[backwards],
+        rows.ending_chars[backwards],
     )
-    scores = score_rows(make_model(), turned, 4096)[::-1]
-    np.testing.assert_allclose(scores, expected[:n], rtol=0, atol=2e-5)
-    assert_chosen_alike(some, scores, expected[:n])
+    assert_scored_alike(rows, score_rows(make_model(), turned, 4096)[::-1], expected)
 
 
 def test_a_context_too_long_loses_tokens_on_the_left():
@@ -237,9 +211,7 @@ def test_the_longest_ending_leaves_one_token_of_context():
 @pytest.mark.parametrize(("length", "n_ending"), [(BLOCK_SIZE + 5, BLOCK_SIZE + 1), (6, 6)])
 def test_an_ending_that_leaves_no_context_is_refused_with_its_item(length, n_ending):
     rows = make_rows([10] * 6 + [length] + [10], [3] * 6 + [n_ending] + [3])
-    with pytest.raises(
-        UserError, match=rf"hellaswag.jsonl, line 2: ending 2 has {n_ending} tokens, .*block_size={BLOCK_SIZE}; remove"
-    ):
+    with pytest.raises(UserError, match=rf"hellaswag\.jsonl, line 2: ending 2 .*{n_ending}.*block_size={BLOCK_SIZE}"):
         score_rows(make_model(), rows, 100)
 
 
@@ -254,45 +226,20 @@ def test_normalisation_is_by_tokens_or_by_characters():
     assert predictions("harness", scores, rows)["acc"].tolist() == [0]
 
 
-def draw_right(n: int, n_documents: int) -> tuple[np.ndarray, np.ndarray]:
-    """Random answers of items of random documents."""
-    rng = np.random.default_rng(3)
-    return rng.random(n) < 0.3, 5 * rng.integers(0, n_documents, n)
-
-
-def test_the_standard_error_of_items_of_their_own_documents_is_that_of_a_mean():
-    right, _ = draw_right(50, 9)
-    p, error = accuracy(right, np.arange(50)[::-1])
-    assert p == pytest.approx(right.mean())
-    assert error == pytest.approx(math.sqrt(p * (1 - p) / 49)) == pytest.approx(np.std(right, ddof=1) / math.sqrt(50))
-    assert accuracy(right[:1], np.zeros(1)) == (right[0], 0.0)
-
-
 def test_the_standard_error_is_clustered_by_document():
-    right, documents = draw_right(50, 9)
+    rng = np.random.default_rng(3)
+    right, documents = rng.random(50) < 0.3, 5 * rng.integers(0, 9, 50)
     p, error = accuracy(right, documents)
     # Miller 2024: the covariances of all pairs of items of one document.
     pairs = [(right[i] - p) * (right[j] - p) for i in range(50) for j in range(50) if documents[i] == documents[j]]
-    assert error == pytest.approx(math.sqrt(sum(pairs)) / 50)
-
-
-def test_items_that_agree_within_documents_count_as_fewer():
-    right, _ = draw_right(50, 9)
-    _, single = accuracy(right, np.arange(50))
-    p, error = accuracy(np.repeat(right, 4), np.repeat(np.arange(50), 4))
+    assert (p, error) == pytest.approx((right.mean(), math.sqrt(sum(pairs)) / 50))
+    # Items of their own documents: the standard error of a mean.
+    p, single = accuracy(right, np.arange(50)[::-1])
+    assert single == pytest.approx(math.sqrt(p * (1 - p) / 49)) == pytest.approx(np.std(right, ddof=1) / math.sqrt(50))
     # Four copies of an item say as much as one, and n - 1 becomes n.
-    assert p == pytest.approx(right.mean())
+    _, error = accuracy(np.repeat(right, 4), np.repeat(np.arange(50), 4))
     assert error == pytest.approx(single * math.sqrt(49 / 50))
-    assert error > 1.9 * accuracy(np.repeat(right, 4), np.arange(200))[1]
-
-
-def test_a_model_that_knows_the_endings_has_no_errors(rows):
-    model = make_model()
-    scores = score_rows(model, rows, 100)
-    benchmark = Benchmark(scores.argmax(1), {"completion": rows})
-    figures, columns = evaluate_benchmark(model, benchmark, "completion", 100)
-    assert (figures["completion_acc"], figures["completion_acc_stderr"]) == (1.0, 0.0)
-    assert columns["completion_acc"] == benchmark.labels.tolist()
+    assert accuracy(right[:1], np.zeros(1)) == (right[0], 0.0)
 
 
 def test_items_in_training_documents_are_scored_apart():
