@@ -1,4 +1,4 @@
-"""Functions of tensors as CUDA graphs: a GPU takes longer to be told the kernels of a short step than to run them."""
+"""Functions of tensors as CUDA graphs: launching the kernels of a short step takes longer than running them."""
 
 from collections.abc import Callable
 
@@ -9,9 +9,9 @@ from torch import Tensor
 class CudaGraph:
     """`function` of tensors on a GPU: the first call runs it, the second records it, all later ones replay it.
 
-    The first is for what libraries set up at their first call. The function has to do the same work on tensors of the
-    same shapes each time, without a look at their values. Nothing waits for the GPU. The result is one tensor, which
-    the next call overwrites.
+    The first call lets libraries set themselves up. The function must do the same work on tensors of the same shapes
+    each time, whatever their values. Nothing waits for the GPU. The result is one tensor, which the next call
+    overwrites.
     """
 
     def __init__(self, function: Callable[..., Tensor]):

@@ -1,12 +1,14 @@
 """A token of each of a few texts through a block, on a GPU (Triton).
 
 Such a step reads every weight once and computes next to nothing, so that its time goes to starting kernels and to
-waiting for memory. Here a layer is five kernels: the norms, the GELU and the residual sums are done by the products
-before and after which they stand. From compute capability 9.0 on a kernel starts while the one before it ends, and
+waiting for memory. Here a layer is five kernels: the products include the norms before them, and the GELU and the
+residual sums after them. From compute capability 9.0 on a kernel starts while the one before it ends, and
 reads its weights before it waits for it (programmatic dependent launch, CUDA programming guide).
 """
 
 import math
+from collections.abc import Callable
+from functools import partial
 
 import torch
 import triton
@@ -14,12 +16,42 @@ import triton.language as tl
 from torch import Tensor, nn
 from triton.language.extra.cuda import gdc_launch_dependents, gdc_wait
 
+from gpt2.model.gpt import GPT, Block
+
 # Rows that a product takes one after another while its weights stay in registers.
 MAX_ROWS = 8
 # Columns of a product for each program, and the weights of each for one warp.
 COLUMNS, WARP_WEIGHTS = 2, 1024
 # Keys at a time, while the next ones are on their way, and the warps that share them.
 KEYS, KEY_WARPS = 128, 16
+
+
+def step(model: GPT, layers: list[tuple[Tensor, Tensor]], idx: Tensor, position: Tensor) -> Tensor:
+    """Hidden states (rows, C) of the tokens idx (rows, 1) at `position` (1,), given keys and values of each layer.
+
+    The kernels read the position on the GPU, so that one recording serves all lengths.
+    """
+    attends = [partial(attend_cache, keys=keys, values=values, position=position) for keys, values in layers]
+    if len(idx) > MAX_ROWS:
+        return model.hidden(idx, position, attends)[:, -1]
+    x = model.wte(idx[:, 0]) + model.wpe(position)
+    for block, attend in zip(model.h, attends, strict=True):
+        x = _fused(block, x, attend)
+    return model.ln_f(x)
+
+
+def _fused(block: Block, x: Tensor, attend: Callable[[Tensor, Tensor, Tensor], Tensor]) -> Tensor:
+    """Block.forward for one token of each row, x (rows, C), with norms and sums inside the products."""
+    attn, mlp = block.attn, block.mlp
+    ln_1, ln_2 = (block.ln_1, block.ln_2) if block.pre_norm else (None, None)
+    if attn.n_head:
+        qkv = linear(x, attn.c_attn, norm=ln_1).view(len(x), 3, attn.n_head, 1, attn.head_dim)
+        x = linear(attend(*qkv.unbind(1)).reshape(len(x), -1), attn.c_proj, residual=x, alpha=block.alpha)
+    else:
+        x = block.alpha * x + attn.c_proj.bias
+    x = x if block.pre_norm else block.ln_1(x)
+    x = linear(linear(x, mlp.c_fc, norm=ln_2, gelu=True), mlp.c_proj, residual=x, alpha=block.alpha)
+    return x if block.pre_norm else block.ln_2(x)
 
 
 def linear(
@@ -42,7 +74,7 @@ def linear(
 
 
 def attend_cache(q: Tensor, k: Tensor, v: Tensor, keys: Tensor, values: Tensor, position: Tensor) -> Tensor:
-    """Store k and v of a token (rows, H, 1, D) at `position` (1,), and attend_cache with q to the keys up to there.
+    """Store k and v of a token (rows, H, 1, D) at `position` (1,); attention of q to the keys up to there.
 
     keys and values (at least rows, H, block_size, D); returns (rows, H, 1, D), laid out as (rows, 1, H, D).
     """

@@ -5,8 +5,10 @@ by one token would all change. Instead, a context that is full loses its older h
 again: `window_start`.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from functools import partial
+from itertools import chain, pairwise
+from typing import Any
 
 import torch
 from pydantic import Field, NonNegativeInt, PositiveFloat, PositiveInt
@@ -18,7 +20,7 @@ from gpt2.pipeline.params import Config
 from gpt2.sampling.cache import Cache
 from gpt2.sampling.cuda_graph import CudaGraph
 
-# Random numbers of a sequence that are drawn at a time.
+# Random numbers of a sequence that are drawn at a time, since a GPU takes single ones slowly.
 UNIFORMS = 1024
 
 
@@ -53,78 +55,80 @@ def window_start(n_tokens: int, block_size: int) -> int:
 def draw_tokens(model: GPT, prompt: Tensor, sampling: SamplingConfig, eot_token: int) -> Iterator[dict[int, int]]:
     """Continue `prompt` (T,) of token ids `num_seq` times; yield the next token of each sequence, by its number.
 
-    A sequence that drew the end-of-text token is left out from there on, and on a CPU costs nothing any more. Ids that
-    pad the vocabulary are never drawn. Each sequence has random numbers of its own, one for a token, which depend on
-    the seed and its number alone: neither more sequences nor more tokens change what it says, nor does the device (but
-    for the rounding of products of another size, which decides where two tokens are as good as equal). Raises UserError
-    if the model gives no numbers.
+    A sequence that drew the end-of-text token is left out from there on, and on a CPU costs nothing any more. A GPU
+    computes on for it: a step reads all weights for one sequence as for five. Ids that pad the vocabulary are never
+    drawn. Each sequence has random numbers of its own, one for a token, which depend on the seed and its number alone:
+    neither more sequences nor more tokens change its text, nor does the device (but for the rounding of products of
+    another size, which decides where two tokens are almost equally likely). Raises UserError if the hidden states are
+    not finite.
     """
-    ended: set[int] = set()
-    for sequences, chosen in _read_behind(_draw_steps(model, prompt, sampling, eot_token)):
-        drawn = dict(zip(sequences, chosen.tolist(), strict=True))
-        ended |= {number for number, token in drawn.items() if token == eot_token}
-        going = {number: token for number, token in drawn.items() if number not in ended}
+    texts = _Texts(model, prompt, sampling)
+    going = set(texts.sequences)
+    steps = (texts.extend() for _ in range(sampling.max_tokens))
+    for chosen in _read_behind(steps) if texts.on_gpu else steps:
+        drawn = dict(zip(texts.sequences, chosen.tolist(), strict=True))
+        going -= {number for number, token in drawn.items() if token == eot_token}
         if not going:
             return
-        yield going
+        yield {number: token for number, token in drawn.items() if number in going}
+        if not texts.on_gpu:
+            texts.keep(going)
 
 
-def _draw_steps(
-    model: GPT, prompt: Tensor, sampling: SamplingConfig, eot_token: int
-) -> Iterator[tuple[list[int], Tensor]]:
-    """Numbers of sequences and their next tokens (B,), on the device of the model.
+class _Texts:
+    """The texts that are being drawn, a row each, with the cache of their keys and values and their random numbers.
 
-    Those that have ended are dropped on a CPU. A GPU computes on for them: it would have to be asked who they are, and
-    a step reads all weights for one sequence as for five.
+    sequences: the number of each row's sequence.
     """
-    sequences, device = list(range(sampling.num_seq)), model.wte.weight.device
-    on_gpu, uniforms = device.type == "cuda", _uniforms(sampling, device)
-    cache, start = Cache(model, sampling.num_seq), None
-    choose: Callable[[Tensor, Tensor], Tensor] = partial(_choose, model, sampling)
-    if on_gpu:
-        choose = CudaGraph(choose)
-    # One row until the first draw, since the prompt is the same for all.
-    idx = prompt[None].to(device)
-    for n_tokens in range(len(prompt), len(prompt) + sampling.max_tokens):
-        start, before = window_start(n_tokens, model.config.block_size), start
-        hidden = cache.extend(idx[:, -1:]) if start == before else _finite(cache.begin(idx[:, start:]))
-        numbers = next(uniforms) if on_gpu else next(uniforms)[sequences]
-        chosen = choose(hidden.expand(len(sequences), -1), numbers)
-        yield sequences, chosen
-        idx = torch.cat([idx.expand(len(sequences), -1), chosen[:, None]], dim=1)
-        if not on_gpu and len(going := (chosen != eot_token).nonzero().flatten()) < len(sequences):
-            sequences, idx = [sequences[row] for row in going.tolist()], idx[going]
-            cache.keep(going)
+
+    def __init__(self, model: GPT, prompt: Tensor, sampling: SamplingConfig):
+        device = model.wte.weight.device
+        self.on_gpu, self.sequences = device.type == "cuda", list(range(sampling.num_seq))
+        self._block_size, self._start = model.config.block_size, -1
+        # One row until the first draw, since the prompt is the same for all.
+        self._idx = prompt[None].to(device)
+        self._cache, self._uniforms = Cache(model, sampling.num_seq), _uniforms(sampling, device)
+        choose = partial(_choose, model, sampling)
+        self._choose = CudaGraph(choose) if self.on_gpu else choose
+
+    def extend(self) -> Tensor:
+        """Draw a token for each row, append it, and return the tokens (rows,) on the device of the model."""
+        start = window_start(self._idx.shape[1], self._block_size)
+        if start == self._start:
+            hidden = self._cache.extend(self._idx[:, -1:])
+        else:
+            hidden, self._start = self._cache.begin(self._idx[:, start:]), start
+            if not hidden.isfinite().all():
+                raise UserError("the hidden states are not finite: the model's weights are damaged; take another model")
+        rows, uniforms = len(self.sequences), next(self._uniforms)
+        chosen = self._choose(hidden.expand(rows, -1), uniforms if self.on_gpu else uniforms[self.sequences])
+        self._idx = torch.cat([self._idx.expand(rows, -1), chosen[:, None]], dim=1)
+        return chosen
+
+    def keep(self, sequences: set[int]) -> None:
+        """Drop the rows of all but `sequences`; on a CPU alone."""
+        if len(sequences) < len(self.sequences):
+            kept = torch.tensor([row for row, number in enumerate(self.sequences) if number in sequences])
+            self.sequences, self._idx = sorted(sequences), self._idx[kept]
+            self._cache.keep(kept)
 
 
-def _finite(hidden: Tensor) -> Tensor:
-    if hidden.isfinite().all():
-        return hidden
-    raise UserError("the hidden states of the model are not finite, so its weights are damaged; take another model")
+def _read_behind(steps: Iterator[Tensor]) -> Iterator[Tensor]:
+    """Tensors of a GPU on the CPU, each after the next step has been started: the GPU never waits."""
 
-
-def _read_behind(steps: Iterator[tuple[list[int], Tensor]]) -> Iterator[tuple[list[int], Tensor]]:
-    """The steps with their tokens on the CPU, those of a GPU after the next step has been started: it never waits."""
-    behind = None
-    for sequences, chosen in steps:
-        if not chosen.is_cuda:
-            yield sequences, chosen
-            continue
-        here, copied = chosen.to("cpu", non_blocking=True), torch.cuda.Event()
+    def start_copy(chosen: Tensor) -> tuple[Tensor, torch.cuda.Event]:
+        copy, copied = chosen.to("cpu", non_blocking=True), torch.cuda.Event()
         copied.record()
-        if behind:
-            behind[2].synchronize()
-            yield behind[:2]
-        behind = sequences, here, copied
-    if behind:
-        behind[2].synchronize()
-        yield behind[:2]
+        return copy, copied
+
+    copies: Iterator[Any] = chain(map(start_copy, steps), [None])
+    for (copy, copied), _ in pairwise(copies):
+        copied.synchronize()
+        yield copy
 
 
 def _uniforms(sampling: SamplingConfig, device: torch.device) -> Iterator[Tensor]:
-    """For each token a number in [0, 1) for each sequence, (num_seq,) fp64, drawn on the CPU, which is slow to hand
-    over single ones.
-    """
+    """For each token a number in [0, 1) for each sequence, (num_seq,) fp64; drawn on the CPU, UNIFORMS at a time."""
     seeds = torch.Generator().manual_seed(sampling.seed)
     generators = [
         torch.Generator().manual_seed(int(torch.randint(2**63 - 1, (), generator=seeds)))

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import torch
 
-from gpt2.hellaswag.items import ACCURACIES, PROTOCOLS, Benchmark, TokenizedItems, tokenize_items
+from gpt2.hellaswag.items import ACCURACIES, PROTOCOLS, TokenizedItems, tokenize_items
 from gpt2.hellaswag.scoring import (
     accuracy,
     cut_items,
