@@ -38,22 +38,21 @@ def stream(
 
     `model` is a model or the folder of one, which goes to the GPU if there is one; `encoding` is by default that of the
     folder, for a model GPT-2's; `sampling` are the fields of SamplingConfig. An empty prompt starts a document. No
-    character is yielded before all its bytes are drawn; bytes that are no UTF-8, as at a cut by max_tokens, become
-    U+FFFD. Raises UserError for a setting that cannot be, a folder without a model, or a model with another vocabulary
-    than the encoding, before anything is drawn.
+    character is yielded before all its bytes are drawn; bytes that are not UTF-8, as at a cut by max_tokens, become
+    U+FFFD. Raises UserError for an invalid setting, a folder without a model, or a model with another vocabulary than
+    the encoding, before anything is drawn.
     """
     settings = build(SamplingConfig, sampling, "generate")
     if encoding is None:
         encoding = load_encoding() if isinstance(model, GPT) else encoding_of(Path(model))
     model = model if isinstance(model, GPT) else load_for_generation(Path(model))
-    return _pieces(model, encode_prompt(model, prompt, encoding), settings, encoding)
+    prompt_ids = torch.tensor(encode_prompt(model, prompt, encoding))
+    return _decode(draw_tokens(model, prompt_ids, settings, encoding.eot_token), settings.num_seq, encoding)
 
 
-def _pieces(
-    model: GPT, prompt: list[int], sampling: SamplingConfig, encoding: tiktoken.Encoding
-) -> Iterator[tuple[int, str]]:
-    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(sampling.num_seq)]
-    for drawn in draw_tokens(model, torch.tensor(prompt), sampling, encoding.eot_token):
+def _decode(tokens: Iterator[dict[int, int]], num_seq: int, encoding: tiktoken.Encoding) -> Iterator[tuple[int, str]]:
+    decoders = [codecs.getincrementaldecoder("utf-8")(errors="replace") for _ in range(num_seq)]
+    for drawn in tokens:
         for number, token in drawn.items():
             if piece := decoders[number].decode(encoding.decode_single_token_bytes(token)):
                 yield number, piece
@@ -73,7 +72,7 @@ def generate(
 
 
 def load_for_generation(folder: Path) -> GPT:
-    """The model of a folder on the device that is there."""
+    """The model of a folder, on a GPU if there is one."""
     return load_model(folder, "cuda" if torch.cuda.is_available() else "cpu")
 
 
@@ -85,7 +84,7 @@ def encode_prompt(model: GPT, prompt: str, encoding: tiktoken.Encoding) -> list[
     if encoding.n_vocab != model.config.vocab_size:
         raise UserError(
             f"the model has vocab_size={model.config.vocab_size}, encoding {encoding.name} has {encoding.n_vocab}; "
-            "generate with the encoding that the model was trained with, which lies in the folder of the model"
+            "generate with the encoding that the model was trained with, which is in the model's folder"
         )
     return encoding.encode_ordinary(prompt) or [encoding.eot_token]
 
@@ -103,34 +102,31 @@ def main(argv: list[str] | None = None) -> None:
         with reporting("generate"):
             settings = build(SamplingConfig, options, "generate")
             model, encoding = load_for_generation(folder), encoding_of(folder)
-            _warn_of_cut(len(encode_prompt(model, prompt, encoding)), model.config.block_size)
+            n_tokens, block_size = len(encode_prompt(model, prompt, encoding)), model.config.block_size
+            if start := window_start(n_tokens, block_size):
+                sys.stderr.write(
+                    f"generate: the prompt has {n_tokens} tokens, the context block_size={block_size}; "
+                    f"the model sees the last {n_tokens - start}\n"
+                )
             _write(prompt, stream(model, prompt, encoding, **options), settings.num_seq)
     except BrokenPipeError:
-        # Nobody reads any more; what the interpreter flushes at its end goes nowhere.
+        # The reader has gone; what the interpreter flushes at its end goes nowhere.
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         raise SystemExit(1) from None
 
 
-def _warn_of_cut(n_tokens: int, block_size: int) -> None:
-    if start := window_start(n_tokens, block_size):
-        sys.stderr.write(
-            f"generate: the prompt has {n_tokens} tokens, the context block_size={block_size}; "
-            f"the model sees the last {n_tokens - start}\n"
-        )
-
-
 def _write(prompt: str, pieces: Iterator[tuple[int, str]], num_seq: int) -> None:
-    """The first sequence as it is drawn, then the others, which were drawn beside it."""
+    """The first sequence as it is drawn, then the others, which were drawn at the same time."""
     others = [""] * num_seq
-    sys.stdout.write(f"--- 1 ---\n{prompt}")
-    sys.stdout.flush()
+    print(f"--- 1 ---\n{prompt}", end="", flush=True)
     for number, piece in pieces:
         if number:
             others[number] += piece
         else:
-            sys.stdout.write(piece)
-            sys.stdout.flush()
-    sys.stdout.write("\n" + "".join(f"--- {n} ---\n{prompt}{others[n - 1]}\n" for n in range(2, num_seq + 1)))
+            print(piece, end="", flush=True)
+    print()
+    for number in range(1, num_seq):
+        print(f"--- {number + 1} ---\n{prompt}{others[number]}")
     sys.stdout.flush()
 
 
