@@ -20,9 +20,9 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, 
 from torch import Tensor
 
 from gpt2.huggingface.card import write_card
-from gpt2.huggingface.pretrained import CONFIG, MIN_PIN, PREFIX, WEIGHTS, is_transposed
+from gpt2.huggingface.pretrained import CONFIG, MIN_PIN, PREFIX, SIZES, STOCK, WEIGHTS, is_transposed
 from gpt2.model.config import GPTConfig
-from gpt2.model.gpt import GPT, CausalSelfAttention
+from gpt2.model.gpt import GPT
 from gpt2.model.weights import load_model
 from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import UserError, write_json, write_text
@@ -79,24 +79,11 @@ def _require_stock(config: GPTConfig, encoding: tiktoken.Encoding) -> None:
 def stock_config(config: GPTConfig, eot_token: int) -> dict:
     """config.json of GPT2LMHeadModel. There is no dropout, as in the training here."""
     return {
+        **STOCK,
+        **{theirs: getattr(config, ours) for ours, theirs in SIZES.items()},
+        **dict.fromkeys(("attn_pdrop", "embd_pdrop", "resid_pdrop"), 0.0),
+        **dict.fromkeys(("bos_token_id", "eos_token_id"), eot_token),
         "architectures": ["GPT2LMHeadModel"],
-        "model_type": "gpt2",
-        "n_layer": config.n_layer,
-        "n_head": config.n_head,
-        "n_embd": config.n_embd,
-        "n_inner": None,
-        "n_positions": config.block_size,
-        "vocab_size": config.vocab_size,
-        "activation_function": "gelu_new",
-        "layer_norm_epsilon": 1e-5,
-        "scale_attn_weights": True,
-        "scale_attn_by_inverse_layer_idx": False,
-        "tie_word_embeddings": True,
-        "attn_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "resid_pdrop": 0.0,
-        "bos_token_id": eot_token,
-        "eos_token_id": eot_token,
         "torch_dtype": "float32",
     }
 
@@ -104,34 +91,20 @@ def stock_config(config: GPTConfig, eot_token: int) -> dict:
 def stock_weights(model: GPT) -> dict[str, Tensor]:
     """Weights in the layout of GPT2Model: Conv1D's (in, out), no rows that pad the vocabulary, all heads.
 
-    lm_head.weight is left out, as GPT2LMHeadModel does when it saves: it is wte.weight.
+    Removed heads are zeros after those that are left. lm_head.weight is left out, as GPT2LMHeadModel does when it
+    saves: it is wte.weight.
     """
     state = {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     state["wte.weight"] = state["wte.weight"][: model.config.vocab_size]
     for layer, block in enumerate(model.h):
-        if block.attn.n_head < model.config.n_head:
-            state |= {f"h.{layer}.attn.{name}": tensor for name, tensor in _pad_heads(block.attn, model.config).items()}
+        n_head, removed = block.attn.n_head, model.config.n_head - block.attn.n_head
+        # Heads are rows of c_attn, in each of queries, keys and values, and columns of c_proj.
+        for name, dim, parts in (("c_attn.weight", 0, 3), ("c_attn.bias", 0, 3), ("c_proj.weight", 1, 1)):
+            key = f"h.{layer}.attn.{name}"
+            heads = state[key].unflatten(dim, (parts, n_head, model.config.head_dim))
+            zeros = heads.new_zeros(*heads.shape[: dim + 1], removed, *heads.shape[dim + 2 :])
+            state[key] = torch.cat([heads, zeros], dim + 1).flatten(dim, dim + 2)
     return {name: (tensor.t() if is_transposed(name) else tensor).contiguous() for name, tensor in state.items()}
-
-
-def _pad_heads(attn: CausalSelfAttention, config: GPTConfig) -> dict[str, Tensor]:
-    """The attention with its removed heads as zeros after those that it has."""
-    removed = config.n_head - attn.n_head
-    parts = {name: tensor.detach().cpu() for name, tensor in attn.state_dict().items()}
-
-    def pad(tensor: Tensor, dim: int, parts: int) -> Tensor:
-        """Add the rows (dim 0) or columns (dim 1) of the removed heads, to each of the `parts` along `dim`."""
-        heads = tensor.unflatten(dim, (parts, attn.n_head, config.head_dim))
-        shape = [*heads.shape]
-        shape[dim + 1] = removed
-        return torch.cat([heads, heads.new_zeros(shape)], dim + 1).flatten(dim, dim + 2)
-
-    # c_attn has queries, keys and values below each other.
-    return {
-        "c_attn.weight": pad(parts["c_attn.weight"], 0, 3),
-        "c_attn.bias": pad(parts["c_attn.bias"], 0, 3),
-        "c_proj.weight": pad(parts["c_proj.weight"], 1, 1),
-    }
 
 
 def split_token(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]:
@@ -144,25 +117,9 @@ def split_token(token: bytes, ranks: Mapping[bytes, int]) -> tuple[bytes, bytes]
     return parts[0], parts[1]
 
 
-def _write_vocabulary(folder: Path, encoding: tiktoken.Encoding) -> None:
-    """A trained vocabulary in the form of OpenAI's two files: ids of tokens, and pairs in the order of their merges."""
-    tokens = ranked_tokens(encoding)
-    ranks = {token: rank for rank, token in enumerate(tokens)}
-    character_of = {byte: character for character, byte in byte_of_character().items()}
-
-    def spell(token: bytes) -> str:
-        return "".join(character_of[byte] for byte in token)
-
-    ids = {**{spell(token): rank for token, rank in ranks.items()}, END_OF_TEXT: encoding.eot_token}
-    # In the order of the ids, as OpenAI's file; write_json would sort by name.
-    write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False))
-    merges = (" ".join(map(spell, split_token(token, ranks))) for token in tokens if len(token) > 1)
-    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
-
-
 def _write_tokenizer(folder: Path, encoding: tiktoken.Encoding, block_size: int) -> None:
-    """OpenAI's two files as they are, or a trained vocabulary in their form; the same as one tokenizer.json; and what
-    AutoTokenizer needs beside them."""
+    """OpenAI's two files as they are, or a trained vocabulary in their form; tokenizer.json, which holds the same; and
+    what else AutoTokenizer needs."""
     if encoding.name == GPT2:
         for name, original in TOKENIZER_FILES.items():
             shutil.copyfile(vocabulary_file(original), folder / name)
@@ -176,17 +133,27 @@ def _write_tokenizer(folder: Path, encoding: tiktoken.Encoding, block_size: int)
     tokenizer.save(str(folder / "tokenizer.json"))
     special = dict.fromkeys(("bos_token", "eos_token", "unk_token"), END_OF_TEXT)
     write_json(folder / "special_tokens_map.json", special)
-    settings = {
-        **special,
-        "tokenizer_class": "GPT2Tokenizer",
-        "model_max_length": block_size,
-        "add_prefix_space": False,
-        # Decoding gives back the text to the letter.
-        "clean_up_tokenization_spaces": False,
-    }
-    write_json(folder / "tokenizer_config.json", settings)
-    ends = {"bos_token_id": encoding.eot_token, "eos_token_id": encoding.eot_token}
+    settings = {"tokenizer_class": "GPT2Tokenizer", "model_max_length": block_size, "add_prefix_space": False}
+    # Decoding gives back the text to the letter.
+    settings["clean_up_tokenization_spaces"] = False
+    write_json(folder / "tokenizer_config.json", {**special, **settings})
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), encoding.eot_token)
     write_json(folder / "generation_config.json", ends)
+
+
+def _write_vocabulary(folder: Path, encoding: tiktoken.Encoding) -> None:
+    """A trained vocabulary in the form of OpenAI's two files: ids of tokens, and pairs in the order of their merges."""
+    ranks = {token: rank for rank, token in enumerate(ranked_tokens(encoding))}
+    character_of = {byte: character for character, byte in byte_of_character().items()}
+
+    def spell(token: bytes) -> str:
+        return "".join(character_of[byte] for byte in token)
+
+    ids = {**{spell(token): rank for token, rank in ranks.items()}, END_OF_TEXT: encoding.eot_token}
+    # In the order of the ids, as OpenAI's file; write_json would sort by name.
+    write_text(folder / "vocab.json", json.dumps(ids, ensure_ascii=False))
+    merges = (" ".join(map(spell, split_token(token, ranks))) for token in ranks if len(token) > 1)
+    write_text(folder / "merges.txt", "\n".join(["#version: 0.2", *merges, ""]))
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -84,7 +84,7 @@ def encode_prompt(model: GPT, prompt: str, encoding: tiktoken.Encoding) -> list[
     if encoding.n_vocab != model.config.vocab_size:
         raise UserError(
             f"the model has vocab_size={model.config.vocab_size}, encoding {encoding.name} has {encoding.n_vocab}; "
-            "generate with the encoding that the model was trained with, which is in the model's folder"
+            "generate with the encoding that the model was trained with, which lies in the folder of the model"
         )
     return encoding.encode_ordinary(prompt) or [encoding.eot_token]
 

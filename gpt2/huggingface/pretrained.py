@@ -30,15 +30,15 @@ SIZES = {
     "block_size": "n_positions",
     "vocab_size": "vocab_size",
 }
-# What else config.json must say for GPT2LMHeadModel to compute what GPT computes.
-REQUIRED = {
-    "activation_function": ("gelu_new", "gelu_pytorch_tanh"),
-    "layer_norm_epsilon": (1e-5,),
-    "scale_attn_weights": (True,),
-    "scale_attn_by_inverse_layer_idx": (False,),
-    "add_cross_attention": (False,),
-    "tie_word_embeddings": (True,),
-    "quantization_config": (None,),
+# What else config.json says of a GPT2LMHeadModel that computes what GPT computes.
+STOCK = {
+    "model_type": "gpt2",
+    "n_inner": None,
+    "activation_function": "gelu_new",
+    "layer_norm_epsilon": 1e-5,
+    "scale_attn_weights": True,
+    "scale_attn_by_inverse_layer_idx": False,
+    "tie_word_embeddings": True,
 }
 # Masks that old versions saved along with the weights.
 BUFFERS = re.compile(r"h\.\d+\.attn\.(masked_)?bias$")
@@ -152,9 +152,12 @@ def _read_config(folder: Path, shape: GPTConfig | None, scale: str) -> GPTConfig
         ) from error
     sizes = {ours: getattr(config, key) for ours, key in SIZES.items()}
     theirs = build(GPTConfig, {**sizes, "norm": "preln"}, str(path))
-    values = {"model_type": given.get("model_type"), "n_inner": config.n_inner}
-    values |= {key: getattr(config, key, None) for key in REQUIRED}
-    allowed = {"model_type": ("gpt2",), "n_inner": (None, 4 * theirs.n_embd), **REQUIRED}
+    allowed: dict[str, tuple[object, ...]] = {key: (value,) for key, value in STOCK.items()}
+    # Other values with the same meaning, and what must not be set.
+    allowed["n_inner"] += (4 * theirs.n_embd,)
+    allowed["activation_function"] += ("gelu_pytorch_tanh",)
+    allowed |= {"add_cross_attention": (False,), "quantization_config": (None,)}
+    values = {key: getattr(config, key, None) for key in allowed} | {"model_type": given.get("model_type")}
     faults = [
         f"{CONFIG}: {key} = {json.dumps(value)}, needed: {' or '.join(map(json.dumps, allowed[key]))}"
         for key, value in values.items()
@@ -183,8 +186,7 @@ def _digest(folder: Path) -> str:
         digest = hashlib.sha256()
         for file in files:
             with open(file, "rb") as content:
-                while chunk := content.read(2**24):
-                    digest.update(chunk)
+                hashlib.file_digest(content, lambda: digest)
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"train.init_from: the weights of {folder} cannot be read ({type(error).__name__}: {error}); get "

@@ -163,9 +163,8 @@ def test_every_difference_of_the_weights_is_listed_at_once(folder):
 
 def test_a_head_of_its_own_is_refused(folder):
     change_weights(folder, lambda state: state.update({"lm_head.weight": torch.ones(97, 32)}))
-    assert faults_of(folder)[1:] == [
-        "lm_head.weight: differs from transformer.wte.weight, and GPT-2 has one matrix for both"
-    ]
+    (fault,) = faults_of(folder)[1:]
+    assert fault.startswith("lm_head.weight: differs from transformer.wte.weight")
 
 
 def test_every_value_that_our_architecture_has_not_is_listed_at_once(folder):
@@ -178,25 +177,26 @@ def test_every_value_that_our_architecture_has_not_is_listed_at_once(folder):
     shape = make_model().config.model_copy(
         update={"n_head": 8, "block_size": 48, "vocab_size": 50257, "norm": "postln"}
     )
-    assert faults_of(folder, shape) == [
-        f"train.init_from: {folder} does not fit:",
+    heading, *faults, remedy = faults_of(folder, shape)
+    assert heading == f"train.init_from: {folder} does not fit:"
+    assert sorted(faults) == [
+        "block_size = 48, the weights have 24",
+        'config.json: activation_function = "gelu", needed: "gelu_new" or "gelu_pytorch_tanh"',
+        "config.json: add_cross_attention = true, needed: false",
+        "config.json: layer_norm_epsilon = 1e-06, needed: 1e-05",
         'config.json: model_type = "gptj", needed: "gpt2"',
         "config.json: n_inner = 64, needed: null or 128",
-        'config.json: activation_function = "gelu", needed: "gelu_new" or "gelu_pytorch_tanh"',
-        "config.json: layer_norm_epsilon = 1e-06, needed: 1e-05",
-        "config.json: scale_attn_weights = false, needed: true",
-        "config.json: scale_attn_by_inverse_layer_idx = true, needed: false",
-        "config.json: add_cross_attention = true, needed: false",
-        "config.json: tie_word_embeddings = false, needed: true",
         'config.json: quantization_config = {"bits": 4}, needed: null',
-        "norm = postln, the weights have preln",
-        "n_layer = 3, the weights have 24",
+        "config.json: scale_attn_by_inverse_layer_idx = true, needed: false",
+        "config.json: scale_attn_weights = false, needed: true",
+        "config.json: tie_word_embeddings = false, needed: true",
         "n_head = 8, the weights have 4",
-        "block_size = 48, the weights have 24",
+        "n_layer = 3, the weights have 24",
+        "norm = postln, the weights have preln",
         "vocab_size = 50257, the weights have 97",
-        "take other weights, or set -S norm=preln -S tiny.model.n_layer=24 -S tiny.model.n_head=4 "
-        "-S tiny.model.block_size=24",
     ]
+    changes = ("norm=preln", *(f"tiny.model.{size}" for size in ("n_layer=24", "n_head=4", "block_size=24")))
+    assert remedy.endswith("".join(f" -S {change}" for change in changes))
 
 
 def test_the_other_name_of_the_activation_is_read(folder):
@@ -238,7 +238,7 @@ def test_a_folder_that_cannot_be_read_is_refused_with_the_cause(folder, damage, 
 
 @pytest.mark.parametrize("source", ["/absent/folder", "./absent", "a/b/c", "~/x", "@main"])
 def test_what_is_neither_a_folder_nor_an_id_is_refused_without_a_network(source):
-    with pytest.raises(UserError, match="is neither a folder here nor the id of a model on the hub; give a folder"):
+    with pytest.raises(UserError, match=rf"train\.init_from = '{source}' is neither a folder .* nor the id"):
         load_pretrained(source)
 
 
@@ -321,9 +321,7 @@ def test_the_stage_takes_no_step_and_writes_all_that_a_run_writes(weights, tmp_p
     model, expected = load_model(folder / "models/gpt2"), load_pretrained(str(weights), parts.model.config)[0]
     assert_equal(model, expected)
     figures = read_json(folder / "metrics/train.json")
-    assert {key: figures[key] for key in ("steps", "max_steps", "tokens_seen", "diverged", "loss_spikes")} == {
-        **{"steps": 0, "max_steps": 0, "tokens_seen": 0, "diverged": 0, "loss_spikes": 0}
-    }
+    assert not any(figures[key] for key in ("steps", "max_steps", "tokens_seen", "diverged", "loss_spikes"))
     digest = hashlib.sha256((weights / WEIGHTS).read_bytes()).hexdigest()
     assert (figures["init_from"], figures["init_sha256"]) == (str(weights), digest)
     assert figures["val_loss"] == mean_loss(model, parts.evaluation.windows, 2)
