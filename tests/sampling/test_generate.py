@@ -2,7 +2,6 @@
 the command writes what the library call returns.
 """
 
-import os
 import re
 import signal
 import subprocess
@@ -189,13 +188,6 @@ def test_the_window_is_a_function_of_the_number_of_tokens(block_size):
         assert block_size // 2 < seen <= block_size or seen == n <= block_size
 
 
-def test_text_so_far_as_prompt_continues_alike(model):
-    whole = draw_rows(model, PROMPT, make_sampling(temperature=0.0, max_tokens=60))[0]
-    for done in (1, BLOCK_SIZE, 40):
-        so_far = torch.cat([PROMPT, torch.tensor(whole[:done])])
-        assert draw_rows(model, so_far, make_sampling(temperature=0.0, max_tokens=60 - done)) == [whole[done:]]
-
-
 def test_a_pass_takes_one_token_but_for_one_in_half_a_context(model):
     passes = []
     model.wte.register_forward_hook(lambda _, args, __: passes.append(tuple(args[0].shape)))
@@ -246,21 +238,11 @@ def test_top_p_keeps_the_fewest_tokens_that_reach_it(model):
         assert set(drawn.nonzero().flatten().tolist()) == set(order[:n_kept].tolist())
 
 
-def test_the_seed_alone_decides_the_text(model):
-    one = draw_rows(model, PROMPT, make_sampling(num_seq=3, seed=5))
+def test_the_seed_and_the_number_of_a_sequence_alone_decide_its_text(model):
+    three = draw_rows(model, PROMPT, make_sampling(num_seq=3, seed=5))
     torch.manual_seed(99)
-    assert draw_rows(model, PROMPT, make_sampling(num_seq=3, seed=5)) == one
-    assert draw_rows(model, PROMPT, make_sampling(num_seq=3, seed=6)) != one
-    assert len({tuple(row) for row in one}) == 3
-
-
-def test_a_sequence_depends_on_no_other_and_on_no_length(model):
-    three = draw_rows(model, PROMPT, make_sampling(num_seq=3))
-    assert draw_rows(model, PROMPT, make_sampling(num_seq=20))[:3] == three
-    assert draw_rows(model, PROMPT, make_sampling(num_seq=3, max_tokens=5)) == [row[:5] for row in three]
-
-
-def test_sequences_of_neighbouring_seeds_differ(model):
+    assert draw_rows(model, PROMPT, make_sampling(num_seq=20, seed=5))[:3] == three
+    assert draw_rows(model, PROMPT, make_sampling(num_seq=3, seed=5, max_tokens=5)) == [row[:5] for row in three]
     rows = [tuple(row) for seed in range(4) for row in draw_rows(model, PROMPT, make_sampling(num_seq=4, seed=seed))]
     assert len(set(rows)) == 16
 
@@ -275,24 +257,17 @@ def test_ids_that_pad_the_vocabulary_are_never_drawn(model, temperature):
     assert max(map(max, rows)) < VOCAB_SIZE
 
 
-def test_an_end_of_text_token_ends_its_sequence_and_is_left_out(model):
+def test_an_end_of_text_token_is_left_out_and_ends_its_sequence_which_costs_nothing_then(model):
     free = draw_rows(model, PROMPT, make_sampling(num_seq=20))
     # A token that one sequence draws in the middle and another never draws.
     eot = next(id_ for id_ in free[0][2:8] if id_ not in free[0][:2] and any(id_ not in row for row in free))
-    ended = draw_rows(model, PROMPT, make_sampling(num_seq=20), eot)
-    assert ended == [row[: row.index(eot)] if eot in row else row for row in free]
-    assert len({len(row) for row in ended}) > 1
-
-
-def test_sequences_that_have_ended_cost_nothing(model):
-    free = draw_rows(model, PROMPT, make_sampling(num_seq=20))
-    eot = next(id_ for id_ in free[0][2:8] if any(id_ not in row for row in free))
     rows = []
     model.wte.register_forward_hook(lambda _, args, __: rows.append(len(args[0])))
     ended = draw_rows(model, PROMPT, make_sampling(num_seq=20), eot)
+    assert ended == [row[: row.index(eot)] if eot in row else row for row in free]
+    assert len({len(row) for row in ended}) > 1
     # The first pass is over the prompt; the one after the nth token has the sequences that are longer than n - 1.
     assert rows[1:] == [sum(len(row) >= n for row in ended) for n in range(1, 12)]
-    assert rows[-1] < 20
 
 
 def test_generation_stops_when_all_sequences_have_ended(model):
@@ -326,40 +301,47 @@ def folder(tmp_path_factory):
     return path
 
 
+def printed_by(folder, capsys, *options: str) -> str:
+    module.main(["--model", str(folder), *options])
+    return capsys.readouterr().out
+
+
 def test_text_continues_a_prompt_or_starts_a_document(folder):
-    model = module.load_model(folder)
-    texts = generate(model, "The array", num_seq=2)
-    assert len(texts) == 2
-    assert all(isinstance(text, str) and text for text in texts)
-    seen = []
+    model, seen = module.load_model(folder), []
     model.wte.register_forward_hook(lambda _, args, __: seen.append(args[0][0].tolist()))
+    texts = generate(model, "The array", num_seq=2)
+    assert len(texts) == 2 and all(isinstance(text, str) and text for text in texts)
+    seen.clear()
     generate(model, "")
     assert seen[0] == [50256]
 
 
-def test_a_folder_is_as_good_as_its_model(folder):
-    expected = generate(module.load_model(folder), "The array", max_tokens=5, seed=4)
-    assert generate(folder, "The array", max_tokens=5, seed=4) == expected
-    assert generate(str(folder), "The array", max_tokens=5, seed=4) == expected
-
-
-def test_the_call_has_the_defaults_of_the_configuration(folder):
-    assert generate(folder, "x") == generate(folder, "x", **SamplingConfig().model_dump())
+def test_a_folder_gives_what_its_model_gives_and_defaults_are_those_of_the_configuration(folder, capsys):
+    text = generate(module.load_model(folder), "x", **SamplingConfig().model_dump())
+    assert generate(folder, "x") == generate(str(folder), "x") == text
+    assert printed_by(folder, capsys, "--prompt", "x") == f"--- 1 ---\nx{text[0]}\n"
 
 
 @pytest.mark.parametrize("call", [generate, stream])
 @pytest.mark.parametrize(
-    ("options", "message"),
+    ("options", "named"),
     [
-        ({"max_token": 5}, r"generate\.max_token = 5 is not a known key; did you mean max_tokens\?"),
-        ({"temperature": "hot"}, r"generate\.temperature = 'hot': Input should be a valid number"),
-        ({"num_seq": 1.5}, r"generate\.num_seq = 1\.5"),
-        ({"seed": -1}, r"generate\.seed = -1: Input should be greater than or equal to 0"),
-        ({"seed": 2**63}, r"generate\.seed = 9223372036854775808: Input should be less than"),
+        ({"max_token": 5}, "max_token = 5 .*max_tokens"),
+        ({"max_tokens": 0}, "max_tokens = 0: .*greater than 0"),
+        ({"num_seq": 1.5}, r"num_seq = 1\.5"),
+        ({"num_seq": 0}, "num_seq = 0"),
+        ({"temperature": "hot"}, "temperature = 'hot': .*number"),
+        ({"temperature": -1.0}, r"temperature = -1\.0: .*greater than or equal to 0"),
+        ({"temperature": float("inf")}, "temperature = inf: .*finite"),
+        ({"top_k": -1}, "top_k = -1"),
+        ({"top_p": 0.0}, r"top_p = 0\.0"),
+        ({"top_p": 1.5}, r"top_p = 1\.5: .*less than or equal to 1"),
+        ({"seed": -1}, "seed = -1: .*greater than or equal to 0"),
+        ({"seed": 2**63}, "seed = 9223372036854775808: .*less than"),
     ],
 )
-def test_the_call_refuses_settings_that_cannot_be(folder, call, options, message):
-    with pytest.raises(UserError, match=message):
+def test_the_call_refuses_invalid_settings(folder, call, options, named):
+    with pytest.raises(UserError, match=rf"generate\.{named}"):
         call(folder, "x", **options)
 
 
@@ -408,11 +390,6 @@ def test_a_character_of_several_tokens_appears_whole(folder, monkeypatch, text, 
     assert "\N{REPLACEMENT CHARACTER}" not in "".join(pieces[: -1 if cut else None])
 
 
-def printed_by(folder, capsys, *options: str) -> str:
-    module.main(["--model", str(folder), *options])
-    return capsys.readouterr().out
-
-
 def test_the_command_prints_each_sequence_with_its_prompt(folder, capsys):
     options = ["--prompt", "Plot a", "--max_tokens", "4", "--num_seq", "3", "--seed", "2"]
     printed = printed_by(folder, capsys, *options)
@@ -421,14 +398,9 @@ def test_the_command_prints_each_sequence_with_its_prompt(folder, capsys):
     assert printed_by(folder, capsys, *options) == printed
 
 
-def test_the_command_has_the_defaults_of_the_configuration(folder, capsys):
-    assert printed_by(folder, capsys, "--prompt", "x") == f"--- 1 ---\nx{generate(folder, 'x')[0]}\n"
-
-
 def test_the_command_warns_of_a_prompt_beyond_the_context(folder, capsys):
     module.main(["--model", str(folder), "--prompt", " a" * 30, "--max_tokens", "1"])
-    warning = "generate: the prompt has 30 tokens, the context block_size=16; the model sees the last 14\n"
-    assert capsys.readouterr().err == warning
+    assert re.fullmatch(r"generate: .* 30 tokens, .*block_size=16; .* 14\n", capsys.readouterr().err)
     module.main(["--model", str(folder), "--prompt", " a" * 16, "--max_tokens", "9"])
     assert capsys.readouterr().err == ""
 
@@ -456,40 +428,20 @@ def test_a_reader_that_goes_away_and_a_person_who_interrupts_end_the_command_qui
         interrupted.kill()
 
 
-def test_a_terminal_shows_what_a_pipe_gets(folder, capsys):
-    options = ("--prompt", "naïve", "--max_tokens", "6", "--num_seq", "2")
-    ours, theirs = os.openpty()
-    process = start_command(folder, *options, stdout=theirs)
-    os.close(theirs)
-    assert process.wait(60) == 0
-    shown = os.read(ours, 1 << 16).decode().replace("\r\n", "\n")
-    assert shown == printed_by(folder, capsys, *options)
-
-
 def test_a_missing_model_ends_the_process_with_a_message_alone(tmp_path):
     command = [sys.executable, "-m", "gpt2.generate", "--model", "models/none"]
     done = subprocess.run(command, cwd=tmp_path, env={"PYTHONPATH": str(ROOT)}, capture_output=True, text=True)
     assert done.returncode == 1
     assert done.stdout == ""
-    assert re.fullmatch(r"generate: models/none holds no model .*; train one with `dvc repro train`\n", done.stderr)
+    assert re.fullmatch(r"generate: models/none .*dvc repro train.*\n", done.stderr)
 
 
 @pytest.mark.parametrize(
-    ("options", "message"),
-    [
-        (["--temperature", "-1"], r"generate\.temperature = -1\.0: Input should be greater than or equal to 0"),
-        (["--temperature", "nan"], r"generate\.temperature = nan"),
-        (["--temperature", "inf"], r"generate\.temperature = inf: Input should be a finite number"),
-        (["--max_tokens", "0"], r"generate\.max_tokens = 0: Input should be greater than 0"),
-        (["--num_seq", "0"], r"generate\.num_seq = 0"),
-        (["--top_k", "-1"], r"generate\.top_k = -1"),
-        (["--top_p", "0"], r"generate\.top_p = 0\.0"),
-        (["--top_p", "1.5"], r"generate\.top_p = 1\.5: Input should be less than or equal to 1"),
-    ],
+    ("option", "value", "named"), [("--temperature", "nan", "temperature = nan"), ("--top-k", "-1", "top_k = -1")]
 )
-def test_the_command_refuses_settings_that_cannot_be(folder, options, message):
-    with pytest.raises(SystemExit, match=f"^generate: {message}") as raised:
-        module.main(["--model", str(folder), *options])
+def test_the_command_refuses_invalid_settings(folder, option, value, named):
+    with pytest.raises(SystemExit, match=rf"^generate: generate\.{named}") as raised:
+        module.main(["--model", str(folder), option, value])
     # A text as exit code is printed and becomes status 1.
     assert isinstance(raised.value.code, str)
 
