@@ -30,7 +30,7 @@ def compare(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, Comparison]:
 
 
 def read_scores(source: str) -> pd.DataFrame:
-    """Scores from a file or, where there is none of that name, a revision. Raises UserError if neither has any."""
+    """Scores from the file `source` or, if it does not exist, from that revision. Raises UserError without any."""
     file = SCORES if source == "workspace" else Path(source)
     try:
         if file.is_file():

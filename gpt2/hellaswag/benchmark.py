@@ -22,7 +22,7 @@ from gpt2.prepare.hub import COMMIT, open_dataset
 WHOLE = 10_042
 # Below this the standard error of an accuracy exceeds four points.
 MIN_ITEMS = 100
-# Passages gathered for each item wanted, a limit on memory with a large corpus.
+# Passages gathered per item wanted; limits memory with a large corpus.
 PASSAGES_PER_ITEM = 4
 LONGEST_WORD = 30
 
@@ -90,7 +90,7 @@ def make_items(config: BenchmarkConfig, corpus: Path) -> list[dict[str, Any]]:
 
 
 def write_items(path: Path, items: Sequence[dict[str, Any]]) -> None:
-    """Write items as JSON lines in ASCII. Raises UserError if there is none."""
+    """Write items as JSON lines in ASCII. Raises UserError without any item."""
     if not items:
         raise UserError(f"{path} would hold no item; choose another benchmark.source")
     write_text(path, "".join(json.dumps(item) + "\n" for item in items))
@@ -100,11 +100,11 @@ def heldout_items(documents: Iterator[str], config: BenchmarkConfig) -> list[dic
     """Items that ask which of four endings continues a passage; the other three continue passages of other documents.
 
     Passages have context_words + ending_words words and do not overlap. White space between words becomes one line end
-    or one space, since indentation and tables would make endings of equal words very unequal in tokens. Each ending is
-    prose (`is_prose`) and found once. Choice of passages, wrong endings and the place of the right one follow from
-    config.seed; with all of a split in use, config.max_per_document leaves items out and changes none. `source_id` is
-    the number of the document in the test split. Gives config.items items, or as many as there are. Raises UserError if
-    these are fewer than MIN_ITEMS, or come from fewer than four documents.
+    or one space, since with indentation and tables endings of equally many words would differ much in tokens. Each
+    ending is prose (`is_prose`) and used once. The choice of passages, the wrong endings and the place of the right one
+    follow from config.seed; with all of a split in use, config.max_per_document leaves items out and changes none.
+    `source_id` is the number of the document in the test split. Returns config.items items, or as many as there are.
+    Raises UserError if these are fewer than MIN_ITEMS, or come from fewer than four documents.
     """
     by_document = _gather(documents, config)
     n_items = _count_usable(by_document, config)

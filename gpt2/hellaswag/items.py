@@ -168,9 +168,7 @@ def read_items(path: Path) -> Iterator[dict]:
                 yield check_item(json.loads(line), f"{path}:{number}")
     except FileNotFoundError as error:
         raise UserError(f"{path} does not exist; benchmark.path must name a HellaSwag JSONL file") from error
-    except UserError:
-        raise
-    except (ValueError, OSError, EOFError, zlib.error) as error:
+    except (json.JSONDecodeError, UnicodeDecodeError, OSError, EOFError, zlib.error) as error:
         raise UserError(f"{path}:{number}: not UTF-8 JSON lines ({error}); get the file again") from error
 
 

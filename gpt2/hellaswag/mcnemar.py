@@ -30,8 +30,8 @@ class Comparison(NamedTuple):
         """95 % interval of the accuracy of B less that of A.
 
         Newcombe (1998), Statistics in Medicine 17, 2635-2650, method 10: Wilson's intervals of both accuracies, put
-        together with their correlation phi, whose numerator is corrected for continuity. The interval is within
-        [-1, 1], and wider than a point for two models that agree on all items, unlike Wald's.
+        together with their correlation phi, whose numerator is corrected for continuity. Unlike Wald's,
+        the interval is within [-1, 1] and wider than a point if the models agree on all items.
         """
         n, right_a, right_b = self.items, self.both + self.only_a, self.both + self.only_b
         p_a, p_b = right_a / n, right_b / n

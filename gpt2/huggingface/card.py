@@ -1,4 +1,4 @@
-"""The model card of an exported model: what it is, what it was trained on, and what was measured on it."""
+"""The card of an exported model: its shape, training and measurements."""
 
 import os
 from collections.abc import Mapping
@@ -13,7 +13,7 @@ from gpt2.model.gpt import GPT
 from gpt2.pipeline.files import UserError, read_json
 from gpt2.report.markdown import number, table
 
-# Files of metrics describe the models that the pipeline writes, and these only: for each its figures.
+# The figures of each model that the pipeline writes; no other model has any.
 FIGURES = {
     "gpt2": {
         "Validation loss (nats per token)": "train.val_loss",
@@ -79,7 +79,7 @@ def _name_corpus(prepare: Mapping[str, Any] | None) -> str:
 
 
 def _tabulate(metrics: Mapping[str, Mapping[str, Any]], figures: Mapping[str, str]) -> str:
-    """The figures that there are as a Markdown table, "" if there is none."""
+    """The figures that exist as a Markdown table, "" without any."""
     rows = []
     for label, key in figures.items():
         file, _, field = key.partition(".")

@@ -5,7 +5,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-# More are left to torch, since the pairs of tokens are compared with each other.
+# A larger top_k is left to torch, since all pairs of tokens are compared.
 MAX_TOP_K = 64
 # Ids for one program, and the warps of it.
 IDS, WARPS = 2048, 16
@@ -52,7 +52,7 @@ def _draw(
     ids, bits = largest & 0xFFFFFFFF, (largest >> 32).to(tl.int32)
     x = tl.where(bits < 0, bits ^ 0x7FFFFFFF, bits).to(tl.float32, bitcast=True)
     p = tl.where(rank < top_k, tl.exp((x - tl.max(x, 0)).to(tl.float64) / temperature), 0.0)
-    # A token goes if those before it already have the mass.
+    # A token is dropped if those before it already have the mass.
     p = tl.where(tl.cumsum(p, 0) - p < top_p * tl.sum(p, 0), p, 0.0)
     # Up to each token, in the order of ids.
     mass = tl.sum(tl.where(ids[None, :] <= ids[:, None], p[None, :], 0.0), 1)

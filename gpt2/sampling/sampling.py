@@ -1,7 +1,7 @@
 """Autoregressive sampling with temperature, top-k and top-p.
 
 The position embeddings are learned and absolute (Radford et al. 2019), so the keys and values of a window that slides
-by one token would all change. Instead, a context that is full loses its older half, and the rest passes the model
+by one token would all change. Instead, a full context loses its older half, and the model reads the rest
 again: `window_start`.
 """
 
@@ -43,9 +43,9 @@ class SamplingConfig(Config):
 def window_start(n_tokens: int, block_size: int) -> int:
     """The first of `n_tokens` tokens, prompt included, that the model sees when it predicts the next one.
 
-    All are seen up to block_size. Each time that there is one more than fits, the oldest half of the context goes: the
-    start is the smallest multiple of half the context with at most block_size tokens behind it. With 1024 positions,
-    1024 tokens are seen whole, and of 1025 the last 513.
+    Up to block_size tokens are all seen. Whenever there is one more than fits, the oldest half of the context is
+    dropped: the start is the smallest multiple of half the context that leaves at most block_size tokens. With 1024
+    positions the model sees all of 1024 tokens, and the last 513 of 1025.
     """
     half = (block_size + 1) // 2
     return half * max(0, -(-(n_tokens - block_size) // half))
@@ -166,10 +166,10 @@ def _draw(logits: Tensor, sampling: SamplingConfig, uniforms: Tensor) -> Tensor:
     probabilities = torch.softmax(logits / sampling.temperature, -1)
     if sampling.top_p < 1:
         ordered, order = probabilities.sort(descending=True, stable=True)
-        # A token goes if those before it already have the mass; the likeliest one always stays.
+        # A token is dropped if those before it already have the mass; the likeliest one always stays.
         ordered = ordered.masked_fill(ordered.cumsum(-1) - ordered >= sampling.top_p, 0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     mass = probabilities.cumsum(-1)
-    # The first one with as much behind it: as 1 - u lies in (0, 1], no token without probability is met.
+    # Inverse-CDF sampling: 1 - u is in (0, 1], so a token with probability 0 is never drawn.
     drawn = torch.searchsorted(mass, mass[:, -1:] * (1 - uniforms[:, None]))
     return (drawn if ids is None else ids.gather(-1, drawn)).squeeze(-1)

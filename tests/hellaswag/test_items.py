@@ -81,18 +81,6 @@ def test_rows_are_those_of_the_protocols_own_program(protocol, benchmark):
         assert (found, rows.ending_tokens[row], rows.ending_chars[row]) == (ids, n_tokens, n_chars)
 
 
-def test_the_protocols_differ_where_they_should(benchmark):
-    decode = load_encoding().decode
-    texts = {
-        name: [decode(rows.tokens[a:b].tolist()) for a, b in zip(rows.offsets, rows.offsets[1:], strict=False)]
-        for name, rows in benchmark.protocols.items()
-    }
-    assert texts["completion"][0] == f"{ITEMS[0]['ctx']} is calm."
-    assert texts["harness"][0] == f"Canoeing: {ITEMS[0]['ctx_a']} The man is calm."
-    # The space behind a bracket of the ending stays, as in the harness.
-    assert texts["harness"][4] == "Home and Garden: How to clean. Get a brush. It should be stiff. Scrub.  Do it twice."
-
-
 def assert_equal(found: Benchmark, expected: Benchmark) -> None:
     def equal(one: np.ndarray, other: np.ndarray) -> bool:
         return one.dtype == other.dtype and np.array_equal(one, other)

@@ -38,7 +38,7 @@ def make_rows(lengths: list[int], ending_tokens: list[int], seed: int = 0) -> To
 
 
 def share(rows: TokenizedItems, shared: list[int]) -> TokenizedItems:
-    """The rows with the first tokens of each item's first row, so many of them, in its other rows too."""
+    """The rows after copying the first shared[i] tokens of each item's first row into its other rows."""
     tokens = rows.tokens.copy()
     for item, count in enumerate(shared):
         first, *others = rows.offsets[4 * item : 4 * item + 4]

@@ -141,11 +141,12 @@ def test_a_shorter_context_cuts_positions_and_changes_nothing_before(saved):
     ("n_layer", "n_head", "n_embd"), [(12, 12, 768), (24, 16, 1024), (36, 20, 1280), (48, 25, 1600)]
 )
 def test_the_configurations_of_all_four_sizes_fit(tmp_path, n_layer, n_head, n_embd):
-    GPT2Config(n_layer=n_layer, n_head=n_head, n_embd=n_embd).save_pretrained(tmp_path)
-    shape = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd, "vocab_size": 50257, "norm": "preln"}
-    check_source(str(tmp_path), GPTConfig(**shape, block_size=1024), "full")
+    sizes = {"n_layer": n_layer, "n_head": n_head, "n_embd": n_embd}
+    GPT2Config(**sizes).save_pretrained(tmp_path)
+    shape = GPTConfig(**sizes, block_size=1024, vocab_size=50257, norm="preln")
+    check_source(str(tmp_path), shape, "full")
     with pytest.raises(UserError, match=r"-S full\.model\.block_size=1024"):
-        check_source(str(tmp_path), GPTConfig(**shape, block_size=2048), "full")
+        check_source(str(tmp_path), shape.model_copy(update={"block_size": 2048}), "full")
 
 
 def test_every_difference_of_the_weights_is_listed_at_once(folder):
@@ -180,33 +181,20 @@ def test_a_head_of_its_own_is_refused(folder):
 def test_every_value_that_our_architecture_has_not_is_listed_at_once(folder):
     changed = {
         "model_type": "gptj", "activation_function": "gelu", "layer_norm_epsilon": 1e-6, "scale_attn_weights": False,
-        "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False, "n_inner": 64, "n_layer": 24,
+        "scale_attn_by_inverse_layer_idx": True, "tie_word_embeddings": False, "n_inner": 64,
         "add_cross_attention": True, "quantization_config": {"bits": 4},
     }  # fmt: skip
-    change_config(folder, **changed)
-    shape = make_model().config.model_copy(
-        update={"n_head": 8, "block_size": 48, "vocab_size": 50257, "norm": "postln"}
-    )
-    heading, *faults, remedy = faults_of(folder, shape)
+    change_config(folder, **changed, n_layer=24)
+    theirs = {"norm": "preln", "n_layer": 24, "n_head": 4, "block_size": 24, "vocab_size": 97}
+    ours = {"norm": "postln", "n_head": 8, "block_size": 48, "vocab_size": 50257}
+    heading, *faults, remedy = faults_of(folder, make_model().config.model_copy(update=ours))
     assert heading == f"train.init_from: {folder} does not fit:"
-    assert sorted(faults) == [
-        "block_size = 48, the weights have 24",
-        'config.json: activation_function = "gelu", needed: "gelu_new" or "gelu_pytorch_tanh"',
-        "config.json: add_cross_attention = true, needed: false",
-        "config.json: layer_norm_epsilon = 1e-06, needed: 1e-05",
-        'config.json: model_type = "gptj", needed: "gpt2"',
-        "config.json: n_inner = 64, needed: null or 128",
-        'config.json: quantization_config = {"bits": 4}, needed: null',
-        "config.json: scale_attn_by_inverse_layer_idx = true, needed: false",
-        "config.json: scale_attn_weights = false, needed: true",
-        "config.json: tie_word_embeddings = false, needed: true",
-        "n_head = 8, the weights have 4",
-        "n_layer = 3, the weights have 24",
-        "norm = postln, the weights have preln",
-        "vocab_size = 50257, the weights have 97",
-    ]
-    changes = ("norm=preln", *(f"tiny.model.{size}" for size in ("n_layer=24", "n_head=4", "block_size=24")))
-    assert remedy.endswith("".join(f" -S {change}" for change in changes))
+    expected = [f"config.json: {key} = {json.dumps(value)}, needed: " for key, value in changed.items()]
+    expected += [f"{key} = {ours.get(key, 3)}, the weights have {value}" for key, value in theirs.items()]
+    assert len(faults) == len(expected)
+    assert all(fault.startswith(start) for fault, start in zip(sorted(faults), sorted(expected), strict=True))
+    sizes = "".join(f" -S tiny.model.{key}={theirs[key]}" for key in ("n_layer", "n_head", "block_size"))
+    assert remedy.endswith(f" -S norm=preln{sizes}")
 
 
 def write_index(folder: Path, index: object) -> None:
