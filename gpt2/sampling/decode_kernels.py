@@ -2,8 +2,8 @@
 
 Such a step reads every weight once and computes next to nothing, so that its time goes to starting kernels and to
 waiting for memory. Here a layer is five kernels: the products include the norms before them, and the GELU and the
-residual sums after them. From compute capability 9.0 on a kernel starts while the one before it ends, and
-reads its weights before it waits for it (programmatic dependent launch, CUDA programming guide).
+residual sums after them. From compute capability 9.0 on a kernel starts while the one before it ends, and reads its
+weights before it waits for it (programmatic dependent launch, CUDA programming guide).
 """
 
 import math

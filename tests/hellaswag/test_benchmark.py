@@ -143,7 +143,7 @@ def test_an_ending_that_is_not_prose_moves_the_passage_on():
         (("one 2 3 4", "a list [of] words", "x" * 31, "--- === ---", "so-called under_score"), False),
     ],
 )
-def test_only_prose_is_prose(texts, expected):
+def test_prose_is_recognised(texts, expected):
     assert [is_prose(text) for text in texts] == [expected] * len(texts)
 
 
