@@ -10,9 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from gpt2.check.schema import SECTIONS
 from gpt2.pipeline.files import UserError
-from gpt2.pipeline.params import SCALES
 from gpt2.pipeline.stage import SPEED
 from gpt2.report.document import TIMED_STAGES, judge_claims, write_report
 from gpt2.report.figures import FIGURES, TIMED_FIGURES
@@ -25,7 +23,6 @@ from tests.declared import (
     data_deps,
     is_ignored,
     lies_in,
-    load_yaml,
     module_of,
     paths,
     written,
@@ -172,12 +169,6 @@ def test_the_report_needs_every_section_it_declares_and_no_other(tmp_path):
 
 def test_the_report_lists_the_times_of_every_stage_but_its_own_and_the_check():
     assert set(TIMED_STAGES) == {module_of(stage).stem for stage in STAGES} - {"check_params", "report"}
-
-
-def test_every_scale_has_every_section():
-    values = load_yaml("params.yaml")
-    for scale in SCALES:
-        assert values[scale].keys() == SECTIONS.keys()
 
 
 def test_every_package_has_a_place_in_the_order():

@@ -3,11 +3,10 @@
 python -m gpt2.check [--scale full]
 """
 
-from collections.abc import Callable
 from typing import Any
 
 from gpt2.check.estimate import load_plan
-from gpt2.check.preflight import CHECKS, WARNING, check_time, check_versions
+from gpt2.check.preflight import CHECKS, WARNING, check_time
 from gpt2.check.schema import find_faults
 from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import UserError
@@ -17,27 +16,24 @@ FAIL = "FAIL"
 
 
 def examine(values: dict[str, Any], scale: str) -> list[tuple[str, str, str]]:
-    """Mark (ok, warning or FAIL), name and text of every check of one scale; training is timed if no check fails."""
-    faults = find_faults(values)
-    results = [(FAIL if faults else "ok", "parameters", "\n".join(faults) or f"all of {PARAMS_FILE} is valid")]
-    results.append(_run("versions", check_versions))
+    """Return mark (ok, warning or FAIL), name and text of every check of one scale; time is the last, if none fails."""
+    faults = "\n".join(find_faults(values))
+    results = [(FAIL if faults else "ok", "parameters", faults or f"{PARAMS_FILE} and the vocabulary files are valid")]
     try:
         plan = load_plan(values, scale)
     except UserError:
-        # One of the faults; all other checks need the parameters.
+        # One of the faults. All other checks need the parameters.
         return results
-    results += [_run(name, check, plan) for name, check in CHECKS.items()]
-    if not plan.train.init_from and all(mark != FAIL for mark, _, _ in results):
-        results.append(_run("time", check_time, plan))
+    for name, check in CHECKS.items():
+        if check is check_time and any(mark == FAIL for mark, _, _ in results):
+            break
+        try:
+            text = check(plan)
+            mark = "warning" if text.startswith(WARNING) else "ok"
+        except UserError as error:
+            mark, text = FAIL, str(error)
+        results.append((mark, name, text.removeprefix(WARNING)))
     return results
-
-
-def _run(name: str, check: Callable[..., str], *arguments: object) -> tuple[str, str, str]:
-    try:
-        text = check(*arguments)
-    except UserError as error:
-        return FAIL, name, str(error)
-    return ("warning" if text.startswith(WARNING) else "ok"), name, text.removeprefix(WARNING)
 
 
 def main(argv: list[str] | None = None) -> None:

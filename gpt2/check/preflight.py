@@ -23,11 +23,10 @@ from huggingface_hub.constants import HF_HUB_CACHE
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
-from gpt2.check.estimate import Plan, training_rate
+from gpt2.check.estimate import Plan, measure_rate
 from gpt2.huggingface.pretrained import check_source
 from gpt2.pipeline.files import UserError, read_json
 from gpt2.pipeline.quantities import show_size, show_time
-from gpt2.tokenizer.encodings import load_encoding, trained_size
 from gpt2.train.checkpoint import KEPT
 
 WARNING = "warning: "
@@ -39,7 +38,7 @@ DEFAULT_LINKS, LINKS = ["reflink", "copy"], ["reflink", "hardlink", "symlink"]
 TOKEN_BYTES, HUB_SHARE = 2, 1.4
 
 
-def check_versions(python: str = platform.python_version(), installed: str = torch.__version__) -> str:
+def check_versions(_: Plan, python: str = platform.python_version(), installed: str = torch.__version__) -> str:
     """Python and torch against pyproject.toml, and torch against requirements.lock."""
     project = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["project"]
     wanted = next(need for need in map(Requirement, project["dependencies"]) if need.name == "torch").specifier
@@ -50,13 +49,13 @@ def check_versions(python: str = platform.python_version(), installed: str = tor
     if python not in SpecifierSet(project["requires-python"]) or not wanted.contains(public, prereleases=True):
         raise UserError(f"{text}: not supported; make a new environment with make setup PYTHON=python3.12")
     if pinned and public != pinned[1]:
-        return f"{WARNING}{text}; others than the pin may change the last bits, make setup installs it"
+        return f"{WARNING}{text}; another version may change the last bits, make setup installs the pinned one"
     return text
 
 
 def check_gpus(plan: Plan) -> str:
     """The visible GPUs against the processes and settings of training."""
-    nproc, key, train = plan.hardware.nproc, f"{plan.scale}.hardware.nproc", plan.train
+    nproc, key, train = plan.block.hardware.nproc, f"{plan.scale}.hardware.nproc", plan.block.train
     count = torch.cuda.device_count()
     if not count and nproc == "gpu":
         raise UserError(f"torch {torch.__version__} finds no GPU, {key}=gpu needs one; use another machine or a number")
@@ -76,13 +75,13 @@ def check_memory(plan: Plan) -> str:
     have = min(gpus) if gpus else psutil.virtual_memory().total
     text = f"training takes about {need / GIB:.1f} of {have / GIB:.1f} GiB{' on each GPU' if gpus else ''}"
     if need > have:
-        raise UserError(f"{text}; lower {plan.scale}.train.micro_batch={plan.train.micro_batch}")
+        raise UserError(f"{text}; lower {plan.scale}.train.micro_batch={plan.block.train.micro_batch}")
     return text
 
 
 def check_training(plan: Plan) -> str:
-    """The pretrained weights, or without them the tokens of a step among the processes that this machine gives."""
-    train, block_size, world = plan.train, plan.model.block_size, plan.world_size
+    """The pretrained weights, or without them the division of a step's tokens among the processes."""
+    train, block_size, world = plan.block.train, plan.model.block_size, plan.world_size
     if train.init_from:
         check_source(train.init_from, plan.model, plan.scale)
         return f"no step is taken, train.init_from={train.init_from} replaces training"
@@ -94,7 +93,7 @@ def check_compiler(plan: Plan) -> str:
     """The compiler that Triton needs for the loss on a GPU, and torch.compile for the first step of training."""
     on_gpu = torch.cuda.is_available()
     variable, names = ("CC", ("cc", "gcc", "clang")) if on_gpu else ("CXX", ("c++", "g++", "clang++"))
-    if not on_gpu and (plan.train.init_from or not plan.train.compile):
+    if not on_gpu and (plan.block.train.init_from or not plan.block.train.compile):
         return "none needed"
     found = [path for name in (os.environ.get(variable), *names) if name and (path := shutil.which(name))]
     if not found:
@@ -103,16 +102,33 @@ def check_compiler(plan: Plan) -> str:
     return found[0]
 
 
-def check_tokenizer(plan: Plan) -> str:
-    """The vocabulary files, by their digests; a vocabulary still to be trained has none."""
-    encoding = plan.tokenize.encoding
-    if size := trained_size(encoding):
-        return f"{encoding}: the stage tokenize trains {size:,} tokens"
-    return f"{encoding}: {load_encoding(encoding).n_vocab:,} tokens, the files have the published digests"
+def check_disk(plan: Plan) -> str:
+    """How DVC stores outs; free bytes of each file system against tokens, weights and checkpoints still to come."""
+    (cache, link), (tokens, basis) = find_cache(), estimate_tokens(plan)
+    text, weights = TOKEN_BYTES * tokens, 4 * plan.n_params
+    if plan.is_prepared and TOKENS.is_dir():
+        text, basis = 0.0, f"{TOKENS} is in place"
+    demands = {
+        "workspace": (Path.cwd(), 2 * (text + weights) if link == "copy" else 0.0),
+        "DVC cache": (cache, 2 * (text + weights)),
+        # Weights and two moments each, and the weights of the last evaluation.
+        "checkpoints": (SCRATCH, 0.0 if plan.block.train.init_from else (KEPT + 1) * 3 * weights + 2 * weights),
+        "hub cache": (Path(HF_HUB_CACHE), 0.0 if plan.block.prepare.source in ("docs", "files") else HUB_SHARE * text),
+    }
+    lines = [f"DVC stores outs {'twice' if link == 'copy' else 'once'}, cache.type={link}"]
+    disks = {name: existing_parent(path) for name, (path, size) in demands.items() if size}
+    for device in dict.fromkeys(folder.stat().st_dev for folder in disks.values()):
+        here = [name for name, folder in disks.items() if folder.stat().st_dev == device]
+        need, have = sum(demands[name][1] for name in here), shutil.disk_usage(disks[here[0]]).free
+        parts = ", ".join(f"{name} {show_size(demands[name][1])}" for name in here)
+        lines.append(f"{show_size(have)} free, a run adds about {show_size(need)}: {parts} ({basis})")
+        if need > have:
+            raise UserError(f"{lines[-1]}; make room, or move or link the cache: dvc cache dir, dvc config cache.type")
+    return "\n".join(lines)
 
 
-def find_cache() -> tuple[Path, str, str]:
-    """DVC's cache, the type of link that DVC uses there, and the types configured and possible as text."""
+def find_cache() -> tuple[Path, str]:
+    """Return DVC's cache and the type of link that DVC uses there. Raises UserError if it has none that works."""
     try:
         settings = Config(".dvc")["cache"]
         cache, configured = Path(settings.get("dir") or ".dvc/cache"), list(settings.get("type") or DEFAULT_LINKS)
@@ -124,10 +140,10 @@ def find_cache() -> tuple[Path, str, str]:
             works = [*generic.test_links(LINKS, localfs, source, localfs, os.path.join(target, "sibling")), "copy"]
     except (ConfigError, OSError) as error:
         raise UserError(f"DVC's cache cannot be used ({error}); correct it, see dvc config --list") from error
-    text = f"cache.type={','.join(configured)}, this disk has {', '.join(works)}"
-    if not (usable := [link for link in configured if link in works]):
-        raise UserError(f"{text}: none in common; dvc config --local cache.type reflink,copy")
-    return cache, usable[0], f"{text}: outs are stored {'twice' if usable[0] == 'copy' else 'once'}, {usable[0]}"
+    if link := next((link for link in configured if link in works), None):
+        return cache, link
+    faulty = f"cache.type={','.join(configured)}, but this disk has only {', '.join(works)}"
+    raise UserError(f"{faulty}; set another: dvc config --local cache.type reflink,copy")
 
 
 def existing_parent(path: Path) -> Path:
@@ -136,75 +152,53 @@ def existing_parent(path: Path) -> Path:
 
 
 def estimate_tokens(plan: Plan) -> tuple[float, str]:
-    """Tokens of all splits together, 0 if unknown, and where the figure comes from."""
+    """Return the tokens of all splits together, 0 if unknown, and where the figure comes from."""
     if plan.is_prepared and TOKENIZED.is_file():
         counts = read_json(TOKENIZED)
         return sum(counts[f"tokens_{split}"] for split in ("train", "val", "test")), str(TOKENIZED)
-    path, most = plan.prepare.path, plan.prepare.max_bytes
+    path, most = plan.block.prepare.path, plan.block.prepare.max_bytes
     # A token of English text has about four bytes, and two or more where the text is compressed.
     found = [(most / 4, "prepare.max_bytes")] if most else []
     if path and not path.is_dir():
         raise UserError(f"{plan.scale}.prepare.path = '{path}' is not a folder; put text there or name another folder")
     if path:
         found.append((sum(file.stat().st_size for file in path.rglob("*")) / 2, f"size of {path}"))
-    elif billions := re.search(r"(\d+)BT", str(plan.block["prepare"])):
+    elif billions := re.search(r"(\d+)BT", str(plan.block.prepare)):
         found.append((1e9 * int(billions[1]), f"{billions[0]} in {plan.scale}.prepare"))
     return min(found, default=(0.0, "text of unknown size"))
 
 
-def check_disk(plan: Plan) -> str:
-    """How DVC stores outs; free bytes of each file system against tokens, weights and checkpoints still to come."""
-    (cache, link, how), (tokens, basis) = find_cache(), estimate_tokens(plan)
-    text, weights = TOKEN_BYTES * tokens, 4 * plan.n_params
-    if plan.is_prepared and TOKENS.is_dir():
-        text, basis = 0.0, f"{TOKENS} is in place"
-    demands = {
-        "workspace": (Path.cwd(), 2 * (text + weights) if link == "copy" else 0.0),
-        "DVC cache": (cache, 2 * (text + weights)),
-        # Weights and two moments each, and the weights of the last evaluation.
-        "checkpoints": (SCRATCH, 0.0 if plan.train.init_from else (KEPT + 1) * 3 * weights + 2 * weights),
-        "hub cache": (Path(HF_HUB_CACHE), 0.0 if plan.prepare.source in ("docs", "files") else HUB_SHARE * text),
-    }
-    lines, disks = [how], {name: existing_parent(path) for name, (path, size) in demands.items() if size}
-    for device in dict.fromkeys(folder.stat().st_dev for folder in disks.values()):
-        here = [name for name, folder in disks.items() if folder.stat().st_dev == device]
-        need, have = sum(demands[name][1] for name in here), shutil.disk_usage(disks[here[0]]).free
-        parts = ", ".join(f"{name} {show_size(demands[name][1])}" for name in here)
-        lines.append(f"{show_size(have)} free, a run adds about {show_size(need)}: {parts} ({basis})")
-        if need > have:
-            raise UserError(f"{lines[-1]}; make room, or move or link the cache: dvc cache dir, dvc config cache.type")
-    return "\n".join(lines)
-
-
 def check_port(plan: Plan) -> str:
     """Where torchrun's processes meet: rdzv_endpoint with several machines, else any port of this one."""
-    endpoint, own = plan.hardware.rdzv_endpoint or "localhost:0", plan.hardware.local_addr or socket.getfqdn()
+    hardware, key = plan.block.hardware, f"{plan.scale}.hardware.rdzv_endpoint"
+    endpoint, own = hardware.rdzv_endpoint or "localhost:0", hardware.local_addr or socket.getfqdn()
     host, _, port = endpoint.replace("[", "").replace("]", "").rpartition(":")
-    key = f"{plan.scale}.hardware.rdzv_endpoint={endpoint}"
     try:
-        for name in (own, host):
-            family, _, _, _, address = socket.getaddrinfo(name, int(port), type=socket.SOCK_STREAM)[0]
-    except OSError as error:
-        raise UserError(f"{name} has no address ({error}); correct {key} or hardware.local_addr") from error
-    try:
-        # Only an address of this machine can be bound.
-        socket.create_server(address[:2], family=family).close()
-        return f"{endpoint} is on this machine and free"
-    except OSError as error:
-        if error.errno != errno.EADDRNOTAVAIL:
-            raise UserError(f"{key} cannot be opened ({error}); choose another port or end its user") from error
-    try:
-        # Whoever refuses can be reached, though nobody listens there yet.
+        socket.getaddrinfo(own, None)
+        family, _, _, _, address = socket.getaddrinfo(host, int(port), type=socket.SOCK_STREAM)[0]
+        try:
+            socket.create_server(address[:2], family=family).close()
+            return f"{endpoint} is on this machine and free"
+        except OSError as error:
+            # Only an address of this machine can be bound.
+            if error.errno != errno.EADDRNOTAVAIL:
+                raise
+        # A host that refuses can be reached, though nobody listens there yet.
         with suppress(ConnectionRefusedError):
             socket.create_connection((host, int(port)), timeout=3).close()
+    except socket.gaierror as error:
+        raise UserError(f"{key}={endpoint} or local_addr={own} has no address ({error}); correct it") from error
     except OSError as error:
-        raise UserError(f"{key} cannot be reached ({error}); check address, network and firewall") from error
-    return f"{key} can be reached; start the machines within minutes of each other"
+        remedy = "choose another port, or check address, network and firewall"
+        raise UserError(f"{key}={endpoint} can be neither opened nor reached ({error}); {remedy}") from error
+    return f"{key}={endpoint} can be reached; start the machines within minutes of each other"
 
 
 def check_time(plan: Plan) -> str:
     """How long training takes, by a rate measured on this machine."""
-    train, held_out = plan.train, plan.prepare.val_percent + plan.prepare.test_percent
+    train, held_out = plan.block.train, plan.block.prepare.val_percent + plan.block.prepare.test_percent
+    if train.init_from:
+        return "no training"
     tokens = (train.max_steps or 0) * train.tokens_per_step
     if train.epochs:
         tokens = round(train.epochs * (1 - held_out / 100) * estimate_tokens(plan)[0])
@@ -212,17 +206,18 @@ def check_time(plan: Plan) -> str:
         return "unknown: a number of epochs of a text of unknown size"
     if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] < plan.training_memory:
         return f"{WARNING}not measured, as other processes hold the memory of the GPU; wait for them"
-    rate, basis = training_rate(plan)
+    rate, basis = measure_rate(plan)
     taken = f"training takes about {show_time(tokens / rate)}: {tokens:,} tokens at {rate:,.0f} tokens/s"
     return f"{taken}\n({basis}); evaluations and checkpoints come on top"
 
 
 CHECKS: dict[str, Callable[[Plan], str]] = {
+    "versions": check_versions,
     "GPU": check_gpus,
     "memory": check_memory,
     "training": check_training,
     "compiler": check_compiler,
-    "tokenizer": check_tokenizer,
     "disk": check_disk,
     "port": check_port,
+    "time": check_time,
 }

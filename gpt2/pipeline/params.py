@@ -8,15 +8,16 @@ import difflib
 import json
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, Literal, TypeVar, get_args
 
 from pydantic import BaseModel, ConfigDict, ValidationError
 from ruamel.yaml import YAML, YAMLError
 
 from gpt2.pipeline.files import UserError
 
-PARAMS_FILE, LOCK = Path("params.yaml"), Path("dvc.lock")
-SCALES = ("tiny", "short", "full")
+PARAMS_FILE = Path("params.yaml")
+Scale = Literal["tiny", "short", "full"]
+SCALES: tuple[str, ...] = get_args(Scale)
 REMEDY = f"; change it in {PARAMS_FILE} or with `dvc exp run -S KEY=VALUE`"
 
 
@@ -58,16 +59,6 @@ def top(key: str) -> object:
     return values[key]
 
 
-def recorded_params(stage: str) -> dict[str, Any]:
-    """Parameters with which `stage` last ran by dvc.lock, sections by their names; empty without a record."""
-    try:
-        lock = YAML(typ="safe", pure=True).load(LOCK.read_text(encoding="utf-8"))
-        recorded = lock["stages"][stage]["params"][str(PARAMS_FILE)]
-    except (OSError, YAMLError, KeyError, TypeError):
-        return {}
-    return {key.rpartition(".")[2]: value for key, value in recorded.items()}
-
-
 def load(section: str, cls: type[C], values: dict[str, Any] | None = None, **known: object) -> C:
     """Build `cls` from a section of the active scale.
 
@@ -97,11 +88,16 @@ def build(cls: type[C], section: object, path: str, remedy: str = "", **known: o
 def _explain(fault: Mapping[str, Any], cls: type[Config], path: str, known: Iterable[str]) -> str:
     location = [str(part) for part in fault["loc"]]
     key = ".".join(location if not path or (location and location[0] in known) else [path, *location])
+    fields: Mapping[str, Any] = cls.model_fields
+    for part in location[:-1]:
+        fields = getattr(getattr(fields.get(part), "annotation", None), "model_fields", fields)
     rule = fault["msg"].removeprefix("Value error, ")
     if fault["type"] == "missing":
         return f"{key} is missing"
     if fault["type"] == "extra_forbidden":
-        near = difflib.get_close_matches(location[-1], cls.model_fields, n=1)
-        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(cls.model_fields)}"
+        near = difflib.get_close_matches(location[-1], fields, n=1)
+        hint = f"did you mean {near[0]}?" if near else f"known keys: {', '.join(fields)}"
         return f"{key} = {fault['input']!r} is not a known key; {hint}"
-    return f"{key} = {fault['input']!r}: {rule}" if location else f"{path}: {rule}"
+    # A rule about a whole section names the values that break it.
+    whole = fault["type"] == "value_error" and isinstance(fault["input"], dict)
+    return f"{key}: {rule}" if whole else f"{key} = {fault['input']!r}: {rule}"

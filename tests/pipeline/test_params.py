@@ -165,13 +165,3 @@ def test_a_key_at_the_top_is_read_or_named(tmp_path, monkeypatch):
     assert params.top("norm") == "postln"
     with pytest.raises(UserError, match=r"params\.yaml lacks the key scale"):
         params.top("scale")
-
-
-def test_parameters_of_the_last_run_are_read_from_the_lock(tmp_path, monkeypatch):
-    monkeypatch.chdir(tmp_path)
-    assert params.recorded_params("train") == {}
-    recorded = {"norm": "preln", "tiny.train": {"max_lr": 0.5}}
-    # JSON is YAML.
-    (tmp_path / "dvc.lock").write_text(json.dumps({"stages": {"train": {"params": {"params.yaml": recorded}}}}))
-    assert params.recorded_params("train") == {"norm": "preln", "train": {"max_lr": 0.5}}
-    assert params.recorded_params("prune") == {}
