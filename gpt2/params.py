@@ -12,28 +12,20 @@ from gpt2.pipeline.files import UserError
 from gpt2.pipeline.params import PARAMS_FILE, SCALES, active_scale, read
 
 
-def render_block(block: dict[str, Any]) -> str:
-    """All sections of a scale, one key a line."""
-    return "".join(
-        f"{section}:\n" + "".join(f"  {key}: {_show(value)}\n" for key, value in values.items())
-        for section, values in block.items()
-    )
+def render(block: dict[str, Any], other: dict[str, Any] | None = None, name: str = "") -> str:
+    """Return the sections of a scale as YAML, one key a line.
 
-
-def render_differences(block: dict[str, Any], other: dict[str, Any], name: str) -> str:
-    """Keys of `block` with another value in `other`, or absent there; that value as a comment after `name`.
-
-    Keys that only `other` has are left out.
+    With `other`, another scale called `name`: only keys that are absent there or have another value, which follows as a
+    comment. Keys that only `other` has are left out.
     """
     lines = []
     for section, values in block.items():
-        elsewhere = other.get(section, {})
-        found = {key: value for key, value in values.items() if elsewhere.get(key, ...) != value}
+        elsewhere = (other or {}).get(section, {})
+        found = [key for key, value in values.items() if elsewhere.get(key, ...) != value]
         lines += [f"{section}:"] if found else []
-        lines += [
-            f"  {key}: {_show(value)}  # {name}: {_show(elsewhere[key]) if key in elsewhere else 'absent'}"
-            for key, value in found.items()
-        ]
+        for key in found:
+            there = _show(elsewhere[key]) if key in elsewhere else "absent"
+            lines.append(f"  {key}: {_show(values[key])}" + ("" if other is None else f"  # {name}: {there}"))
     return "\n".join(lines) + "\n"
 
 
@@ -42,12 +34,12 @@ def _show(value: object) -> str:
     return json.dumps(value, ensure_ascii=False, default=str)
 
 
-def _block(values: dict[str, Any], scale: str | None) -> dict[str, Any]:
-    scale = active_scale({**values, "scale": scale} if scale else values)
-    for section, keys in values[scale].items():
+def _block(values: dict[str, Any], scale: str) -> dict[str, Any]:
+    block = values[active_scale({**values, "scale": scale})]
+    for section, keys in block.items():
         if not isinstance(keys, dict):
             raise UserError(f"{scale}.{section} = {keys!r} must be a map of keys and values; correct {PARAMS_FILE}")
-    return values[scale]
+    return block
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -58,12 +50,9 @@ def main(argv: list[str] | None = None) -> None:
     arguments = parser.parse_args(argv)
     with reporting("params"):
         values = read()
-        block = _block(values, arguments.scale)
-        if arguments.against:
-            text = render_differences(block, _block(values, arguments.against), arguments.against)
-        else:
-            text = render_block(block)
-    sys.stdout.write(text)
+        block = _block(values, arguments.scale or active_scale(values))
+        other = _block(values, arguments.against) if arguments.against else None
+        sys.stdout.write(render(block, other, arguments.against))
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
 """train: GPT-2 from scratch on the tokens, or pretrained weights as they are; starts torchrun where it is needed."""
 
 from gpt2.pipeline.command import reporting
+from gpt2.pipeline.hardware import ensure_torchrun
 from gpt2.pipeline.interrupt import end_with_launcher
-from gpt2.pipeline.launch import ensure_torchrun
 
 
 def main() -> None:

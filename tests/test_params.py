@@ -7,7 +7,7 @@ import sys
 import pytest
 from ruamel.yaml import YAML
 
-from gpt2.params import main, render_differences
+from gpt2.params import main, render
 from gpt2.pipeline.params import SCALES, read
 from tests.closure import ROOT
 
@@ -47,9 +47,7 @@ def test_the_differences_turn_one_scale_into_the_other(scale, other, capsys):
 
 
 def test_a_difference_shows_both_values_and_equal_ones_are_left_out():
-    text = render_differences(
-        {"train": {"lr": 1.0, "steps": 2, "new": [1, "a"]}}, {"train": {"lr": 1.0, "steps": 3}}, "b"
-    )
+    text = render({"train": {"lr": 1.0, "steps": 2, "new": [1, "a"]}}, {"train": {"lr": 1.0, "steps": 3}}, "b")
     assert text.splitlines() == ["train:", "  steps: 2  # b: 3", '  new: [1, "a"]  # b: absent']
 
 

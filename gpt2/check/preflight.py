@@ -27,11 +27,12 @@ from gpt2.check.estimate import Plan, measure_rate
 from gpt2.huggingface.pretrained import check_source
 from gpt2.pipeline.files import UserError, read_json
 from gpt2.pipeline.quantities import show_size, show_time
+from gpt2.pipeline.scratch import scratch_root
 from gpt2.train.checkpoint import KEPT
 
 WARNING = "warning: "
 GIB = 2**30
-TOKENS, TOKENIZED, SCRATCH = Path("data/tokens"), Path("metrics/tokens.json"), Path(".scratch")
+TOKENS, TOKENIZED = Path("data/tokens"), Path("metrics/tokens.json")
 # DVC's choice where cache.type is not set, and the types that a file system may lack.
 DEFAULT_LINKS, LINKS = ["reflink", "copy"], ["reflink", "hardlink", "symlink"]
 # uint16. The corpus as compressed Parquet takes about as much, files of the hub 1.4 times as much.
@@ -112,7 +113,7 @@ def check_disk(plan: Plan) -> str:
         "workspace": (Path.cwd(), 2 * (text + weights) if link == "copy" else 0.0),
         "DVC cache": (cache, 2 * (text + weights)),
         # Weights and two moments each, and the weights of the last evaluation.
-        "checkpoints": (SCRATCH, 0.0 if plan.block.train.init_from else (KEPT + 1) * 3 * weights + 2 * weights),
+        "checkpoints": (scratch_root(), 0.0 if plan.block.train.init_from else (KEPT + 1) * 3 * weights + 2 * weights),
         "hub cache": (Path(HF_HUB_CACHE), 0.0 if plan.block.prepare.source in ("docs", "files") else HUB_SHARE * text),
     }
     lines = [f"DVC stores outs {'twice' if link == 'copy' else 'once'}, cache.type={link}"]

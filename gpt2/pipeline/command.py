@@ -2,7 +2,7 @@
 
 import argparse
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -27,16 +27,7 @@ def reporting(name: str) -> Iterator[None]:
 class Parser(argparse.ArgumentParser):
     """An argument parser that accepts --max-tokens for --max_tokens, and the reverse."""
 
-    def parse_known_args(self, args: Sequence[str] | None = None, namespace: Any = None) -> Any:  # type: ignore[override]
-        given = list(sys.argv[1:] if args is None else args)
-        # After a bare -- nothing is an option.
-        end = given.index("--") if "--" in given else len(given)
-        return super().parse_known_args([*map(self._declared, given[:end]), *given[end:]], namespace)
-
-    def _declared(self, argument: str) -> str:
-        """An option in the spelling in which it was added; any other argument as it is."""
-        name, equals, value = argument.partition("=")
-        if not name.startswith("--"):
-            return argument
-        spelled = {option.replace("-", "_"): option for option in self._option_string_actions}
-        return spelled.get(name.replace("-", "_"), name) + equals + value
+    def add_argument(self, *names: str, **options: Any) -> argparse.Action:  # type: ignore[override]
+        long = [name for name in names if name.startswith("--")]
+        spelled = [f"--{name[2:].replace(old, new)}" for name in long for old, new in ("_-", "-_")]
+        return super().add_argument(*dict.fromkeys([*names, *spelled]), **options)

@@ -1,8 +1,12 @@
-"""Processes, threads and nodes. They change the run time, never which data a run sees."""
+"""Processes, threads and nodes, and the start of torchrun. They change the run time, never which data a run sees."""
+
+import os
+import sys
 
 from pydantic import Field, NonNegativeInt, PositiveInt, field_validator, model_validator
 
-from gpt2.pipeline.params import Config
+from gpt2.pipeline.interrupt import LAUNCHER, TORCHRUN_MARK
+from gpt2.pipeline.params import Config, load
 
 
 class HardwareConfig(Config):
@@ -35,11 +39,6 @@ class HardwareConfig(Config):
             raise ValueError(f"nnodes={self.nnodes} needs rdzv_endpoint, host:port of one of the machines")
         return self
 
-    @property
-    def is_single_process(self) -> bool:
-        """Whether training is one process that nothing restarts."""
-        return self.nproc == 1 and self.nnodes == 1 and self.max_restarts == 0
-
     def torchrun_arguments(self) -> list[str]:
         """Command line of torchrun, up to the module to run."""
         arguments = [f"--nproc-per-node={self.nproc}", f"--max-restarts={self.max_restarts}"]
@@ -49,3 +48,19 @@ class HardwareConfig(Config):
         # The store that the machines meet in lives and dies with the run, so the same name serves every run.
         named = ["--rdzv-id=gpt2", *([f"--local-addr={self.local_addr}"] if self.local_addr else [])]
         return [*meeting, *named, *arguments]
+
+
+def ensure_torchrun(module: str) -> None:
+    """Replace this process by torchrun running `module`, unless torchrun started it or has nothing to do.
+
+    One process that is not restarted after a crash needs no torchrun. Raises UserError if section `hardware` is wrong.
+    """
+    hardware = load("hardware", HardwareConfig)
+    if TORCHRUN_MARK in os.environ or (hardware.nproc, hardware.nnodes, hardware.max_restarts) == (1, 1, 0):
+        return
+    # The shared store would hand the addresses of dead processes to the restarted ones (pytorch#135712).
+    os.environ["TORCH_DISABLE_SHARE_RDZV_TCP_STORE"] = "1"
+    # torchrun takes the place of this process and so its number.
+    os.environ[LAUNCHER] = str(os.getpid())
+    command = [sys.executable, "-m", "torch.distributed.run", *hardware.torchrun_arguments(), "-m", module]
+    os.execv(sys.executable, command)

@@ -4,14 +4,13 @@ It is kept outside DVC's outs because DVC deletes those before a run. A folder i
 the result, so the state of another configuration is never resumed.
 """
 
-import errno
 import fcntl
 import hashlib
 import json
 import os
 import shutil
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from gpt2.pipeline.files import UserError
@@ -46,7 +45,7 @@ def scratch_folder(kind: str, identity: dict, sources: Sequence[Path]) -> Path:
 
 @contextmanager
 def locked(folder: Path) -> Iterator[None]:
-    """Hold the folder against a second run of the same configuration. Raises UserError if one holds it."""
+    """Lock the folder against a second run of the same configuration. Raises UserError if one holds it."""
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / "lock", "w") as lock:
         try:
@@ -63,45 +62,30 @@ def drop(folder: Path) -> None:
 
 @contextmanager
 def staged(target: Path, scratch: Path) -> Iterator[Path]:
-    """Yield a folder inside `scratch`, with the whole files that a killed run left there, to be filled; when the block
-    succeeds, it replaces `target` in one step and `scratch` is gone.
+    """Yield a folder inside `scratch` to fill, which holds the whole files that a killed run left there.
 
-    Half-written files go first, and so does what runs of another identity left beside `scratch` and no run holds. If
-    the block raises, the folder stays for the next try. Raises UserError if another run holds `scratch`.
+    When the block succeeds, the folder replaces `target` and `scratch` is removed. If it raises, the folder stays for
+    the next try. Half-written files are removed first, and so are the folders of other identities that no run holds.
+    Raises UserError if another run holds `scratch`.
     """
     for other in scratch.parent.glob("*"):
+        # Another run may hold it, or have just removed it.
         if other != scratch:
-            _drop_abandoned(other)
+            with suppress(UserError, OSError), locked(other):
+                drop(other)
     with locked(scratch):
         folder = scratch / target.name
         folder.mkdir(exist_ok=True)
         for half_written in [*scratch.glob(".*.tmp"), *folder.glob(".*.tmp")]:
             half_written.unlink()
         yield folder
-        _move(folder, target)
-        drop(scratch)
-
-
-def _drop_abandoned(folder: Path) -> None:
-    try:
-        with locked(folder):
-            drop(folder)
-    except (UserError, OSError):
-        pass  # Another run holds it, or has just removed it.
-
-
-def _move(folder: Path, target: Path) -> None:
-    try:
-        if target.exists():
-            shutil.rmtree(target)
-        target.parent.mkdir(parents=True, exist_ok=True)
         try:
-            folder.rename(target)
+            if target.exists():
+                shutil.rmtree(target)
+            target.parent.mkdir(parents=True, exist_ok=True)
+            # A copy where the two are on different file systems.
+            shutil.move(folder, target)
         except OSError as error:
-            if error.errno != errno.EXDEV:
-                raise
-            shutil.copytree(folder, target)
-    except OSError as error:
-        raise UserError(
-            f"{folder} cannot be moved to {target} ({error}); make room there and run dvc repro, which finds it done"
-        ) from error
+            remedy = "make room there and run dvc repro, which finds it done"
+            raise UserError(f"{folder} cannot be moved to {target} ({error}); {remedy}") from error
+        drop(scratch)

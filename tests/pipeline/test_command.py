@@ -28,12 +28,6 @@ def test_values_keep_their_hyphens_and_underscores():
     assert (found.top_k, found.rest) == ("a-b_c", ["x-y", "--top_k"])
 
 
-def test_an_unknown_option_is_refused(capsys):
-    with pytest.raises(SystemExit) as stopped:
-        Parser().parse_args(["--no-such"])
-    assert stopped.value.code == 2 and "--no-such" in capsys.readouterr().err
-
-
 def test_a_fault_of_the_user_is_one_message_and_status_1():
     with pytest.raises(SystemExit) as stopped, reporting("tool"):
         raise UserError("key = 3 must be 4")
@@ -65,11 +59,3 @@ def test_the_commands_are_listed_without_torch():
     files = {path.stem for path in (ROOT / "gpt2").glob("*.py")} - {"__init__", "__main__"}
     packages = {path.parent.name for path in (ROOT / "gpt2").glob("*/__main__.py")}
     assert files | packages == set(COMMANDS)
-
-
-@pytest.mark.parametrize("name", ["verify", "harness"])
-def test_former_commands_name_the_new_one(name):
-    done = subprocess.run(
-        [sys.executable, "-m", f"tests.{name}", "--help"], cwd=ROOT, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0 and f"python -m tools.{name}" in done.stderr
