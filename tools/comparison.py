@@ -1,4 +1,4 @@
-"""Two runs of the pipeline compared: bit for bit by the md5 of every result, or by verdicts and spread over models."""
+"""Comparison of two runs: bit for bit by the md5 of every result, or by verdicts and the spread over models."""
 
 import hashlib
 import json
@@ -6,13 +6,21 @@ from collections.abc import Container, Mapping
 from fnmatch import fnmatchcase
 from typing import NamedTuple
 
-from ruamel.yaml import YAML
 from scipy.stats import ttest_ind_from_stats
 
 # Measured times, or pages that show them.
 TIMED = ("metrics/speed/*", "plots/timed", "report.md", "report.html")
 # Stages that count and cut text: integer work, the same on every processor.
 TEXT_STAGES = ("check-params", "prepare", "benchmark", "tokenize")
+
+
+# Metrics file of the spread over models, and of the verdicts.
+SPREAD, SUMMARY = "replicates", "summary"
+VERDICT = "verdict_"
+# A verdict that the models leave open may be given on another processor.
+OPEN = "undecided"
+# Chance, over all figures, that two groups of models of the same distribution are called different.
+SIGNIFICANCE = 0.05
 
 
 class Result(NamedTuple):
@@ -29,32 +37,14 @@ class Row(NamedTuple):
     verdict: str
 
 
-# Metrics file of the spread over models, and of the verdicts.
-SPREAD, SUMMARY = "replicates", "summary"
-VERDICT = "verdict_"
-# A verdict that the models leave open may be given on another processor.
-OPEN = "undecided"
-# Chance, over all figures, that two groups of models of the same distribution are called different.
-SIGNIFICANCE = 0.05
-
-
-def read_lock(text: str) -> dict[str, dict]:
-    """The stages of a dvc.lock."""
-    return YAML(typ="safe", pure=True).load(text)["stages"]
-
-
 def results_of(stages: Mapping[str, dict]) -> dict[Result, str]:
     """md5 of every out and metric that does not show times."""
     return {
         Result(stage, out["path"]): out["md5"]
         for stage, entry in stages.items()
         for out in entry.get("outs", ())
-        if not is_timed(out["path"])
+        if not any(fnmatchcase(out["path"], pattern) for pattern in TIMED)
     }
-
-
-def is_timed(path: str) -> bool:
-    return any(fnmatchcase(path, pattern) for pattern in TIMED)
 
 
 def digest(stages: Mapping[str, dict]) -> str:
@@ -98,7 +88,7 @@ def _inputs(entry: Mapping, outputs: Container[str]) -> dict[str, object]:
 
 
 def list_deviations(recorded: Mapping[str, Mapping], found: Mapping[str, Mapping]) -> list[str]:
-    """What another processor must not change in the metrics, by file: their keys, the verdicts, and the models.
+    """What another processor must not change in the metrics: their keys, the verdicts, and the models.
 
     Training magnifies a difference in rounding to another model, as another seed does. So a verdict may differ only
     from or to undecided, and the figures over all models may differ as far as those of other seeds would.
@@ -108,18 +98,13 @@ def list_deviations(recorded: Mapping[str, Mapping], found: Mapping[str, Mapping
         old, new = recorded[name], found[name]
         faults += [f"{name}.{key} is missing" for key in sorted(old.keys() - new.keys())]
         faults += [f"{name}.{key} is new" for key in sorted(new.keys() - old.keys())]
-    faults += list_changed_verdicts(recorded.get(SUMMARY, {}), found.get(SUMMARY, {}))
-    return faults + list_other_models(recorded.get(SPREAD, {}), found.get(SPREAD, {}))
-
-
-def list_changed_verdicts(recorded: Mapping, found: Mapping) -> list[str]:
-    """Verdicts of metrics/summary.json that differ, those that are undecided in either run left out."""
-    keys = [key for key in sorted(recorded.keys() & found.keys()) if key.startswith(VERDICT)]
-    return [
-        f"{key.removeprefix(VERDICT)}: {found[key]}, recorded {recorded[key]}"
-        for key in keys
-        if recorded[key] != found[key] and OPEN not in (recorded[key], found[key])
+    old, new = recorded.get(SUMMARY, {}), found.get(SUMMARY, {})
+    faults += [
+        f"{key.removeprefix(VERDICT)}: {new[key]}, recorded {old[key]}"
+        for key in sorted(old.keys() & new.keys())
+        if key.startswith(VERDICT) and old[key] != new[key] and OPEN not in (old[key], new[key])
     ]
+    return faults + list_other_models(recorded.get(SPREAD, {}), found.get(SPREAD, {}))
 
 
 def list_other_models(recorded: Mapping, found: Mapping) -> list[str]:

@@ -18,8 +18,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
+from tabulate import tabulate
+
 from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import UserError, read_json, write_json
+from gpt2.pipeline.params import read
 from tools.comparison import (
     TEXT_STAGES,
     Row,
@@ -27,7 +30,6 @@ from tools.comparison import (
     digest,
     list_deviations,
     list_stale_inputs,
-    read_lock,
     results_of,
 )
 from tools.processor import describe_processor, list_differences
@@ -48,7 +50,7 @@ def read_run(root: Path) -> Run:
     """Read the lock and the metrics that do not show times. Raises UserError if there is no lock."""
     if not (root / LOCK).is_file():
         raise UserError(f"{LOCK} does not exist; run make repro and commit it")
-    stages = read_lock((root / LOCK).read_text(encoding="utf-8"))
+    stages = read(root / LOCK)["stages"]
     paths = [Path(result.path) for result in results_of(stages) if result.path.startswith("metrics/")]
     return Run(stages, {path.stem: read_json(root / path) for path in paths})
 
@@ -93,22 +95,14 @@ def require_committed(root: Path, results: Iterable[str]) -> None:
         )
 
 
-def clone(root: Path, folder: Path) -> None:
-    """Clone the commit of `root`; what is changed or not committed there stays behind."""
-    subprocess.run(["git", "clone", "--quiet", str(root), str(folder)], check=True)
-
-
 def rebuild(folder: Path) -> None:
     """Remove every result of the clone `folder` and run its pipeline with a cache of its own."""
     for path in outputs_of(read_run(folder).stages):
         # What is not in Git is not in the clone; a folder in Git is the report's figures.
         subprocess.run(["git", "rm", "-r", "-q", "--ignore-unmatch", path], cwd=folder, check=True)
     (folder / LOCK).unlink()
-    inherited = {
-        name: value for name, value in os.environ.items() if not name.startswith(("DVC_", "GIT_", "PYTHONPATH"))
-    }
-    settings = folder / ".git" / "verify"
-    environment = inherited | {
+    settings, foreign = folder / ".git" / "verify", ("DVC_", "GIT_", "PYTHONPATH")
+    environment = {name: value for name, value in os.environ.items() if not name.startswith(foreign)} | {
         "PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]]),
         "DVC_NO_ANALYTICS": "1",
         # A cache or remote in the user's own settings could hand over results instead of computing them.
@@ -128,20 +122,17 @@ def judge(recorded: Run, rebuilt: Run, recorded_on: Mapping[str, str], here: Map
     faults = [
         f"{stale} was edited after {LOCK} was written" for stale in list_stale_inputs(recorded.stages, rebuilt.stages)
     ]
-    differences = list_differences(recorded_on, here)
-    if len(equal) == len(rows):
-        verdict = f"{count} (measured times left out)"
-    elif not differences:
+    differences, verdict = list_differences(recorded_on, here), f"{count} (measured times left out)"
+    if len(equal) < len(rows) and not differences:
         faults.append(f"only {count}, on the kind of processor that {LOCK} was made on")
-        verdict = ""
-    else:
+    elif len(equal) < len(rows):
         faults += _faults_elsewhere(rows, recorded, rebuilt)
         verdict = (
             f"{count}; this is another kind of processor than {LOCK} was made on, where the bits of sums differ. Text "
             "and tokens are equal, verdicts agree, figures are within the spread of the models: reproduced, not bit "
             "for bit"
         )
-    lines = [*_table(rows), ""]
+    lines = [tabulate([(*result, verdict) for result, verdict in rows], tablefmt="plain"), ""]
     lines += [f"Another kind of processor. {difference}" for difference in differences]
     lines += faults or [verdict]
     lines += ["FAILED" if faults else "PASSED"]
@@ -159,17 +150,13 @@ def _faults_elsewhere(rows: list[Row], recorded: Run, rebuilt: Run) -> list[str]
     return faults + list_deviations(recorded.metrics, rebuilt.metrics)
 
 
-def _table(rows: list[Row]) -> list[str]:
-    widths = [max(len(row.result[column]) for row in rows) for column in (0, 1)]
-    return [f"{stage:{widths[0]}}  {path:{widths[1]}}  {verdict}" for (stage, path), verdict in rows]
-
-
 def verify(root: Path) -> bool:
     """Rebuild `root` at its commit, print the comparison, and say whether it holds."""
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="verify-") as place:
         folder = Path(place, "clone")
-        clone(root, folder)
+        # What is not committed stays behind.
+        subprocess.run(["git", "clone", "--quiet", str(root), str(folder)], check=True)
         recorded = read_run(folder)
         recorded_on = read_record(folder, recorded.stages)
         require_committed(root, [str(LOCK), str(RECORD), *outputs_of(recorded.stages)])
