@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from gpt2.check.schema import Block
+from gpt2.check.schema import Sections
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import setup_device
 from gpt2.model.gpt import GPT
@@ -35,7 +35,7 @@ class Plan:
     """The parameters of one scale."""
 
     scale: str
-    block: Block
+    block: Sections
     model: GPTConfig
     # Whether dvc.lock records the stage prepare with these parameters.
     is_prepared: bool
@@ -67,9 +67,11 @@ class Plan:
 
 def load_plan(values: dict[str, Any], scale: str) -> Plan:
     """Return the plan of `scale` from params.yaml as parsed. Raises UserError if the scale has a fault."""
-    block = build(Block, values.get(scale), scale, REMEDY)
+    block = build(Sections, values.get(scale), scale, REMEDY)
     vocab_size = trained_size(block.tokenize.encoding) or GPT2_VOCAB_SIZE
-    model = build(GPTConfig, values[scale]["model"], scale, REMEDY, norm=values.get("norm"), vocab_size=vocab_size)
+    model = build(
+        GPTConfig, values[scale]["model"], f"{scale}.model", REMEDY, norm=values.get("norm"), vocab_size=vocab_size
+    )
     lock = read(LOCK).get("stages", {}) if LOCK.is_file() else {}
     recorded = lock.get("prepare", {}).get("params", {}).get(str(PARAMS_FILE), {})
     return Plan(scale, block, model, recorded.get(f"{scale}.prepare") == values[scale]["prepare"])

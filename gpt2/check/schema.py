@@ -23,7 +23,7 @@ from gpt2.tokenizer_study.study import TokenizerStudyConfig
 from gpt2.train.loop import TrainConfig
 
 
-class Block(Config):
+class Sections(Config):
     """All sections of a scale."""
 
     hardware: HardwareConfig
@@ -48,9 +48,9 @@ class Parameters(Config):
 
     norm: Norm
     scale: Scale
-    tiny: Block
-    short: Block
-    full: Block
+    tiny: Sections
+    short: Sections
+    full: Sections
 
 
 def find_faults(values: dict[str, Any]) -> list[str]:
@@ -66,7 +66,7 @@ def find_faults(values: dict[str, Any]) -> list[str]:
     return [f"{scale}: {fault}" for scale, block in blocks.items() for fault in _joint_faults(parameters.norm, block)]
 
 
-def _joint_faults(norm: Norm, block: Block) -> list[str]:
+def _joint_faults(norm: Norm, block: Sections) -> list[str]:
     runs, train, hardware = block.vocabulary_runs, block.train, block.hardware
     # The study adds GPT-2's own vocabulary.
     largest = max(*block.tokenizer_study.vocab_sizes, GPT2_VOCAB_SIZE)

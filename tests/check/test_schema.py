@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from gpt2.check.schema import Block, find_faults
+from gpt2.check.schema import Sections, find_faults
 from gpt2.pipeline.params import SCALES
 from gpt2.tokenizer import encodings
 from stages import check_params
@@ -23,7 +23,7 @@ def test_the_shipped_parameters_are_valid(values):
 
 def test_every_block_has_all_sections_in_one_order(values):
     assert set(values) == {"norm", "scale", *SCALES}
-    assert [list(values[scale]) for scale in SCALES] == [list(Block.model_fields)] * len(SCALES)
+    assert [list(values[scale]) for scale in SCALES] == [list(Sections.model_fields)] * len(SCALES)
 
 
 @pytest.mark.parametrize("scale", SCALES)
