@@ -1,8 +1,9 @@
-"""An edit re-runs the stages that use the edited package and no others, by DVC's own word.
+"""An edit re-runs the stages that use the edited package and no others, as DVC's status says.
 
 The pipeline runs in a copy of the repository, with each command replaced by one that only writes the outputs.
 """
 
+import copy
 import shutil
 import subprocess
 import sys
@@ -13,13 +14,11 @@ from dvc.repo import Repo
 from ruamel.yaml import YAML
 
 from tests.closure import ROOT
-from tests.declared import STAGES, files_of_git, load_yaml, paths, written
+from tests.declared import STAGES, files_of_git, written
 
 # Stages that DVC calls changed after an edit of the file; `check-params` depends on the whole library.
 ALL = set(STAGES)
-MODELS = {
-    *("tokenizer-study", "norm-study", "train", "hellaswag", "generate", "head-similarity", "prune", "replicates"),
-}
+MODELS = ALL - {"check-params", "prepare", "benchmark", "tokenize", "report"}
 EDITS = {
     "pipeline/files.py": ALL,
     "data/order.py": MODELS | {"tokenize"},
@@ -65,15 +64,13 @@ for path in map(Path, sys.argv[1:]):
 def repository(tmp_path_factory) -> Path:
     """A copy of the repository in which the pipeline has run."""
     folder = tmp_path_factory.mktemp("invalidation") / "repository"
-    results = {path for stage in STAGES for path in written(stage)}
     for name in files_of_git():
         if (ROOT / name).is_file() and name.split("/")[0] in ("gpt2", "stages", "params.yaml", ".dvcignore"):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
-    pipeline = {"stages": {name: dict(stage) for name, stage in load_yaml("dvc.yaml")["stages"].items()}}
+    pipeline = {"stages": copy.deepcopy(STAGES)}
     for name, stage in pipeline["stages"].items():
-        stage["cmd"] = " ".join([sys.executable, "write.py", *sorted(results & written(name).keys())])
-        assert paths(stage["outs"]).keys() <= results
+        stage["cmd"] = " ".join([sys.executable, "write.py", *sorted(written(name))])
     (folder / "write.py").write_text(WRITE)
     YAML().dump(pipeline, folder / "dvc.yaml")
     for command in (["git", "init", "-q"], [sys.executable, "-m", "dvc", "init", "-q"]):

@@ -21,12 +21,11 @@ from tests.training_run import prepare_folder
 
 # Five on an idle machine; here other tests may run at the same time.
 LIMIT_SECONDS = 25
-HARDWARE = {**SETTINGS["hardware"], "nproc": 2, "threads": 2, "workers": 2}
 # A run too long to end by itself.
 LONG = 1_000_000
 SECTIONS = {
     **SETTINGS,
-    "hardware": HARDWARE,
+    "hardware": {**SETTINGS["hardware"], "nproc": 2, "threads": 2, "workers": 2},
     "prepare": {**SETTINGS["prepare"], "source": "docs", "packages": ["torch"]},
     "norm_study": {**SETTINGS["norm_study"], "max_steps": LONG},
     "train": {**SETTINGS["train"], "max_steps": LONG},
@@ -40,7 +39,7 @@ TOKENIZE = "from gpt2.tokenizer import tokenize; tokenize.PROCESS_BYTES = 1; fro
 def prepared(tmp_path_factory) -> Path:
     """A folder with a corpus, a benchmark, tokens, and metrics of a main model."""
     folder = tmp_path_factory.mktemp("prepared")
-    write_params(folder)
+    (folder / "params.yaml").write_text(json.dumps({"norm": "preln", "scale": "tiny", "tiny": SECTIONS}))
     for stage in ("prepare", "benchmark", "tokenize"):
         run = subprocess.run([sys.executable, "-m", f"stages.{stage}"], cwd=folder, env=environment(), text=True,
                              capture_output=True)  # fmt: skip
@@ -48,10 +47,6 @@ def prepared(tmp_path_factory) -> Path:
     for stem in MEASURED:
         write_json(folder / f"metrics/{stem}.json", {})
     return folder
-
-
-def write_params(folder: Path) -> None:
-    (folder / "params.yaml").write_text(json.dumps({"norm": "preln", "scale": "tiny", "tiny": SECTIONS}))
 
 
 def environment() -> dict[str, str]:

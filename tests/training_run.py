@@ -31,6 +31,7 @@ from gpt2.train.loop import Evaluation, TrainConfig
 from stages import train
 from tests.analysed import SECTIONS as ANALYSED
 from tests.closure import ROOT
+from tests.settings import HARDWARE
 
 BYTES = tiktoken.Encoding(
     "bytes", pat_str=r"(?s:.)", mergeable_ranks={bytes([i]): i for i in range(256)}, special_tokens={}
@@ -39,28 +40,12 @@ VOCABULARY = Vocabulary(encoding="bytes", vocab_size=257, eot_token=256)
 SHAPE = {"n_layer": 2, "n_head": 2, "n_embd": 16, "block_size": 16}
 ADAM = {"beta1": 0.9, "beta2": 0.95, "weight_decay": 0.1, "grad_clip": 1.0}
 SECTIONS = {
-    "hardware": {
-        **{"nproc": 1, "threads": 1, "workers": 1, "max_restarts": 0},
-        **{"nnodes": 1, "rdzv_endpoint": None, "local_addr": None},
-    },
+    "hardware": HARDWARE,
     "model": SHAPE,
     "train": {
-        **ADAM,
-        "seed": 1337,
-        "max_steps": 120,
-        "epochs": None,
-        "tokens_per_step": 128,
-        "micro_batch": 2,
-        "precision": "float32",
-        "compile": False,
-        "deterministic": False,
-        "max_lr": 2e-3,
-        "min_lr": 2e-4,
-        "warmup_steps": 10,
-        "eval_interval": 25,
-        "checkpoint_interval": 8,
-        "log_interval": 20,
-        "eval_tokens": 500,
+        **ADAM, "seed": 1337, "max_steps": 120, "epochs": None, "tokens_per_step": 128, "micro_batch": 2,
+        "precision": "float32", "compile": False, "deterministic": False, "max_lr": 2e-3, "min_lr": 2e-4,
+        "warmup_steps": 10, "eval_interval": 25, "checkpoint_interval": 8, "log_interval": 20, "eval_tokens": 500,
         "eval_items": 5,
     },
     "hellaswag": {"batch_tokens": 64},
@@ -68,24 +53,14 @@ SECTIONS = {
     "prune": {**ANALYSED["prune"], "shares": [0.25, 0.5]},
     "replicates": {"seeds": [1, 2]},
     "norm_study": {
-        **SHAPE,
-        **ADAM,
-        "norms": ["preln", "postln", "deepnorm"],
+        **SHAPE, **ADAM, "norms": ["preln", "postln", "deepnorm"],
         "arms": {
-            "main": {
-                **{"optimizer": "adamw", "tied": True},
-                **{"max_lrs": [5e-3, 1e5], "warmup_steps": [5], "seeds": [1, 2]},
-            }
+            "main": {"optimizer": "adamw", "tied": True, "max_lrs": [5e-3, 1e5], "warmup_steps": [5], "seeds": [1, 2]},
         },
-        "max_steps": 40,
-        "min_lr_fraction": 0.1,
-        "batch_windows": 4,
-        "micro_batch": 4,
-        "precision": "float32",
-        "train_tokens": 1000,
-        "eval_tokens": 200,
+        "max_steps": 40, "min_lr_fraction": 0.1, "batch_windows": 4, "micro_batch": 4, "precision": "float32",
+        "train_tokens": 1000, "eval_tokens": 200,
     },
-}
+}  # fmt: skip
 ENDINGS = (
     ["a value.", "the sun.", "of rain", "three"],
     ["is read.", "he sang", "blue", "no more of it"],
@@ -170,7 +145,7 @@ def start(
 
 
 def finish(process: subprocess.Popen, folder: Path) -> str:
-    """Wait for the process to end well; return what it wrote."""
+    """Wait for the process to succeed; return what it wrote."""
     code = process.wait(timeout=300)
     log = (folder / "log.txt").read_text()
     assert code == 0, log
@@ -221,13 +196,8 @@ def checkpoint_steps(folder: Path) -> list[int]:
 
 def outcome(folder: Path) -> dict[str, bytes]:
     """All that a run must reproduce bit for bit."""
-    names = (
-        "models/gpt2/model.safetensors",
-        "models/gpt2/config.json",
-        "plots/train/train.csv",
-        "plots/train/eval.csv",
-        "plots/train/layers.csv",
-    )
+    names = [f"models/gpt2/{name}" for name in ("model.safetensors", "config.json")]
+    names += [f"plots/train/{name}.csv" for name in ("train", "eval", "layers")]
     return {name: (folder / name).read_bytes() for name in (*names, "metrics/train.json")}
 
 
