@@ -16,24 +16,23 @@ import psutil
 import pytest
 
 NETWORK = "10.77.0"
-# Root may make namespaces; others may inside a user namespace of their own, where the system lets them.
-AS_ROOT_INSIDE = ("--user", "--map-root-user")
-# What a machine has of its own.
+# Everybody is root in a user namespace of his own, where the system allows one. Both machines share it.
+USER = ("--user", "--preserve-credentials")
+# Each machine has these namespaces of its own.
 OWN = ("--net", "--uts", "--mount")
 
 
 @dataclass
 class Host:
-    """A machine: the process that holds its namespaces, and the options of `nsenter` that lead into them."""
+    """A machine, and the process that holds its namespaces."""
 
     name: str
     address: str
     holder: subprocess.Popen
-    entrance: tuple[str, ...]
 
     def command(self, *arguments: str) -> list[str]:
         """The command line that runs `arguments` on this machine."""
-        return ["nsenter", f"--target={self.holder.pid}", *self.entrance, *arguments]
+        return ["nsenter", f"--target={self.holder.pid}", *USER, *OWN, *arguments]
 
     def start(self, command: str, folder: Path, env: Mapping[str, str]) -> subprocess.Popen:
         """Start a shell command in a folder; what it prints is appended to log.txt there."""
@@ -43,7 +42,7 @@ class Host:
             return subprocess.Popen(line, env=env, stdout=log, stderr=subprocess.STDOUT)
 
     def processes(self) -> list[psutil.Process]:
-        """All that runs on this machine."""
+        """All processes of this machine but the one that holds it."""
         namespace = _namespace(self.holder.pid)
         running = (process for process in psutil.process_iter() if process.status() != psutil.STATUS_ZOMBIE)
         return [p for p in running if p.pid != self.holder.pid and _namespace(p.pid) == namespace]
@@ -60,7 +59,7 @@ class Host:
 
 
 def _namespace(pid: int) -> str | None:
-    """The network that the process sees; None if it is gone or none of our business."""
+    """The network namespace of the process; None if it has ended or is another user's."""
     try:
         return os.readlink(f"/proc/{pid}/ns/net")
     except OSError:
@@ -86,13 +85,9 @@ def joined_hosts(folder: Path, names: tuple[str, str] = ("node1", "node2")) -> I
 
 def _switch_on(name: str, address: str, known: Path, neighbour: Host | None = None) -> Host:
     """A machine; the second one in the user namespace of the first, so that a cable can join them."""
+    begin = ["unshare", "--user", "--map-root-user", *OWN]
     if neighbour:
-        user = [option for option in neighbour.entrance if option not in OWN]
-        begin = ["nsenter", f"--target={neighbour.holder.pid}", *user, "unshare", *OWN]
-    else:
-        new_user = AS_ROOT_INSIDE if _works("unshare", *AS_ROOT_INSIDE, "true") else ()
-        user = ["--user", "--preserve-credentials"] if new_user else []
-        begin = ["unshare", *new_user, *OWN]
+        begin = ["nsenter", f"--target={neighbour.holder.pid}", *USER, "unshare", *OWN]
     setup = f"hostname {name} && mount --bind {known} /etc/hosts && echo ready"
     hold = "exec setpriv --pdeathsig KILL sleep infinity"
     holder = subprocess.Popen(
@@ -100,12 +95,8 @@ def _switch_on(name: str, address: str, known: Path, neighbour: Host | None = No
     )
     if (said := holder.stdout.readline()) != "ready\n":
         holder.wait()
-        pytest.skip(f"this system lets its user make no namespaces: {said.strip()}")
-    return Host(name, address, holder, (*user, *OWN))
-
-
-def _works(*command: str) -> bool:
-    return subprocess.run(command, capture_output=True).returncode == 0
+        pytest.skip(f"this system allows no namespaces: {said.strip()}")
+    return Host(name, address, holder)
 
 
 def _join(first: Host, second: Host) -> None:

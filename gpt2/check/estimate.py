@@ -3,7 +3,7 @@
 import os
 import time
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +89,7 @@ def measure_rate(plan: Plan) -> tuple[float, str]:
     model = GPT(plan.model).to(device)
     forward: Any = torch.compile(model) if train.compile else model
     schedule = train.model_copy(update={"max_steps": train.warmup_steps + 1, "epochs": None})
-
-    def step() -> None:
-        train_windows(forward, schedule, windows, order, train.micro_batch, train.precision)
-
+    step = partial(train_windows, forward, schedule, windows, order, train.micro_batch, train.precision)
     # The first step compiles and allocates memory; it is not timed.
     step()
     started, steps, seconds = time.perf_counter(), 0, 0.0

@@ -118,10 +118,10 @@ def check_disk(plan: Plan) -> str:
     }
     lines = [f"DVC stores outs {'twice' if link == 'copy' else 'once'}, cache.type={link}"]
     disks = {name: existing_parent(path) for name, (path, size) in demands.items() if size}
-    for device in dict.fromkeys(folder.stat().st_dev for folder in disks.values()):
-        here = [name for name, folder in disks.items() if folder.stat().st_dev == device]
-        need, have = sum(demands[name][1] for name in here), shutil.disk_usage(disks[here[0]]).free
-        parts = ", ".join(f"{name} {show_size(demands[name][1])}" for name in here)
+    for device, disk in {folder.stat().st_dev: folder for folder in disks.values()}.items():
+        sizes = {name: demands[name][1] for name, folder in disks.items() if folder.stat().st_dev == device}
+        need, have = sum(sizes.values()), shutil.disk_usage(disk).free
+        parts = ", ".join(f"{name} {show_size(size)}" for name, size in sizes.items())
         lines.append(f"{show_size(have)} free, a run adds about {show_size(need)}: {parts} ({basis})")
         if need > have:
             raise UserError(f"{lines[-1]}; make room, or move or link the cache: dvc cache dir, dvc config cache.type")

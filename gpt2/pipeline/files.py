@@ -9,14 +9,14 @@ from pathlib import Path
 
 
 class UserError(ValueError):
-    """A fault that the user can mend: the message names key or file, value, rule and remedy."""
+    """A fault that the user can fix: the message names key or file, value, rule and remedy."""
 
 
 @contextmanager
 def atomic_path(path: Path) -> Iterator[Path]:
     """Yield a temporary sibling of `path`; when the block succeeds, sync it and rename it into place.
 
-    If the block raises, the temporary file is removed and whatever stood at `path` is left as it was.
+    If the block raises, the temporary file is removed and `path` stays unchanged.
     """
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)

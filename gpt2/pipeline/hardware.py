@@ -18,12 +18,12 @@ class HardwareConfig(Config):
     threads: PositiveInt
     # Processes for text: reading, tokenizing.
     workers: PositiveInt
-    # How often torchrun restarts the processes after one was lost; they resume from the last checkpoint.
+    # How many times torchrun restarts the processes after one died; they resume from the last checkpoint.
     max_restarts: NonNegativeInt
     # Machines that train together, and host:port on one of them where they meet.
     nnodes: PositiveInt
     rdzv_endpoint: str | None = Field(pattern=r"^[^\s:]+:\d+$|^\[[^\s\]]+\]:\d+$")
-    # Address under which the others reach this machine; none takes its host name.
+    # Address at which the others reach this machine; null means its host name.
     local_addr: str | None = Field(pattern=r"^\S+$")
 
     @field_validator("nproc", mode="before")
@@ -45,7 +45,7 @@ class HardwareConfig(Config):
         if self.nnodes == 1:
             return ["--standalone", *arguments]
         meeting = [f"--nnodes={self.nnodes}", "--rdzv-backend=c10d", f"--rdzv-endpoint={self.rdzv_endpoint}"]
-        # The store that the machines meet in lives and dies with the run, so the same name serves every run.
+        # Each run has a store of its own, so all runs may use the same name.
         named = ["--rdzv-id=gpt2", *([f"--local-addr={self.local_addr}"] if self.local_addr else [])]
         return [*meeting, *named, *arguments]
 

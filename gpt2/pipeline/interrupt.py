@@ -16,16 +16,15 @@ import psutil
 # Set by torchrun in the processes that it starts, and by DVC.
 TORCHRUN_MARK = "TORCHELASTIC_RUN_ID"
 MARKS = ("DVC_STAGE", TORCHRUN_MARK)
-# Process number of torchrun, set where this project starts it: a process that torchrun's death has left without its
-# parent before it could look still knows whom it belongs to.
+# PID of torchrun, set where this project starts it: a process that was orphaned before its first look finds it here.
 LAUNCHER = "GPT2_LAUNCHER_PID"
-# From the death of a launcher: between two looks, and to the end of this process.
+# Seconds between two looks at the launchers, and from the death of one to the end of this process.
 POLL_SECONDS, GRACE_SECONDS = 0.25, 3.5
 WATCH = "end-with-launcher"
 
 
 class Interrupt:
-    """Context manager that collects requests to stop instead of dying of them."""
+    """Context manager that records requests to stop, SIGTERM and SIGINT included, instead of ending the process."""
 
     def __enter__(self) -> "Interrupt":
         self._received: list[int] = []
@@ -47,12 +46,12 @@ class Interrupt:
 
     @property
     def exit_code(self) -> int:
-        """128 and the signal's number, as shells have it; SIGTERM stands for a request that came by another way."""
+        """128 plus the signal's number, as shells report it; that of SIGTERM if the request was no signal."""
         return 128 + max(self._received, default=signal.SIGTERM)
 
 
 def launched_by() -> list[tuple[int, int]]:
-    """Pairs of process and parent from this process up to DVC, or to torchrun where no DVC is; none without both."""
+    """Return PIDs (process, parent) from this process up to DVC, or up to torchrun without DVC; empty without both."""
     pairs, process = [], psutil.Process()
     try:
         if TORCHRUN_MARK in os.environ and LAUNCHER in os.environ:
@@ -62,14 +61,14 @@ def launched_by() -> list[tuple[int, int]]:
             pairs.append((process.pid, process.ppid()))
             process = psutil.Process(process.ppid())
     except psutil.Error:
-        pass  # Processes of other users and of containers keep their environment to themselves.
+        pass  # The environment of other users' processes and of containers cannot be read.
     return pairs
 
 
 def end_with_launcher() -> None:
-    """Let a thread end this process GRACE_SECONDS after DVC or torchrun died, in whatever it is stuck then.
+    """Start a thread that ends this process GRACE_SECONDS after the death of DVC or torchrun, even if it hangs.
 
-    Until then `Interrupt` may save the state. A torchrun that outlives DVC ends too: it would start the processes anew.
+    Until then `Interrupt` may save the state. A torchrun that outlives DVC is killed, because it would restart them.
     """
     ancestry = launched_by()
     if ancestry and all(thread.name != WATCH for thread in threading.enumerate()):
@@ -97,7 +96,7 @@ def ending_torchrun() -> Iterator[None]:
         if TORCHRUN_MARK not in os.environ or os.getppid() != parent:
             raise
         if isinstance(deliberate.code, str):
-            # Now, since torchrun ends this process in turn.
+            # Before torchrun is told to end, which ends this process in turn.
             print(deliberate.code, file=sys.stderr, flush=True)
         os.kill(parent, signal.SIGTERM)
         raise SystemExit(deliberate.code if isinstance(deliberate.code, int) else 1) from None

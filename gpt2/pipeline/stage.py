@@ -1,7 +1,7 @@
 """The frame of a pipeline stage: parameters in, guarded and timed results out.
 
 DVC hashes a stage's dependencies when the stage ends. A source file or parameter edited while it ran would be recorded
-as the origin of a result that it did not produce, so the frame fails the stage in that case.
+as the origin of a result that it did not produce. In that case the frame fails the stage.
 """
 
 import hashlib
@@ -20,7 +20,7 @@ from gpt2.pipeline.interrupt import end_with_launcher
 from gpt2.pipeline.params import C
 
 SPEED = Path("metrics/speed")
-# Decides no result, and a long run must outlast a change of it.
+# Decides no result, so a long run may go on after an edit of it.
 UNGUARDED = "hardware"
 V = TypeVar("V")
 log = logging.getLogger(__name__)
@@ -29,9 +29,9 @@ log = logging.getLogger(__name__)
 class Stage:
     """Context manager around the body of a stage.
 
-    Inside, `load` reads parameters and `timed` collects measured figures. On leaving without an error the sources and
-    parameters are compared with what they were at the start and `metrics/speed/<name>.json` is written. A UserError
-    ends the process with its message alone.
+    Inside, `load` reads parameters and `timed` collects measured figures. After a block without an error, sources and
+    parameters are compared with those at the start, and `metrics/speed/<name>.json` is written. A UserError ends the
+    process with its message and no traceback.
     """
 
     def __init__(self, name: str):

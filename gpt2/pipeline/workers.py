@@ -15,25 +15,25 @@ from gpt2.pipeline.files import UserError
 
 T = TypeVar("T")
 R = TypeVar("R")
-# Tasks of each worker that may be begun or done while an earlier one is not.
+# Tasks per worker that may be started or finished while an earlier one is not.
 AHEAD = 4
 
 
 def in_order(
     function: Callable[[T], R], tasks: Iterable[T], workers: int, initializer: Callable[[], object] | None = None
 ) -> Generator[R, None, None]:
-    """Yield `function(task)` for each task, computed by `workers` processes, or by this one if it is 1.
+    """Yield `function(task)` for each task, computed by `workers` processes, or by this one if `workers` is 1.
 
     Function, tasks and `initializer`, which each worker process calls once, are pickled. At most AHEAD tasks a worker
-    are begun beyond the result that is yielded next. An exception of the function is raised here; a killed worker is a
-    UserError. Close the generator to stop early: then, and at its end, no process is left. If this process is killed,
-    the workers end at once.
+    are started beyond the result that is yielded next. An exception of the function is raised here. Raises UserError if
+    a worker is killed. Close the generator to stop early: then, and at its end, no process is left. If this process is
+    killed, the workers end at once.
     """
     if workers == 1:
         yield from map(function, tasks)
         return
     context = get_context("spawn")
-    # Only this process holds `alive`, so its end of file in the workers means that they are not wanted any more.
+    # Only this process holds `alive`. When it closes, here or by the death of this process, the workers see it and end.
     watched, alive = context.Pipe(duplex=False)
     pool = ProcessPoolExecutor(workers, context, _begin, (watched, initializer))
     pending: deque[tuple[T, Future[R]]] = deque()
@@ -59,7 +59,7 @@ def in_order(
 def _begin(watched: Connection, initializer: Callable[[], object] | None) -> None:
     """Prepare a worker."""
     threading.Thread(target=_end_with, args=(watched,), daemon=True).start()
-    # A terminal or a job sends these to every process; the parent decides what they mean.
+    # A terminal or a job scheduler sends these to every process; the parent decides what follows.
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, signal.SIG_IGN)
     if initializer:
