@@ -1,4 +1,4 @@
-"""HellaSwag, or items made from data/corpus/test -> data/hellaswag.jsonl."""
+"""benchmark: HellaSwag, or items made from the test split of the corpus."""
 
 import logging
 from pathlib import Path
@@ -12,7 +12,6 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Write the items of the chosen source."""
     with Stage("benchmark") as stage:
         config = stage.load("benchmark", BenchmarkConfig)
         items = make_items(config, CORPUS)

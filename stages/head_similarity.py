@@ -1,4 +1,4 @@
-"""head-similarity: which attention heads of the trained model repeat each other."""
+"""head-similarity: how alike the attention heads of the trained model are."""
 
 from pathlib import Path
 

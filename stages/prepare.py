@@ -1,4 +1,4 @@
-"""Documents from the chosen source -> data/corpus/{train,val,test}/*.parquet, metrics/prepare.json."""
+"""prepare: documents from the chosen source, split into train, val and test."""
 
 import logging
 from pathlib import Path
@@ -14,7 +14,6 @@ log = logging.getLogger(__name__)
 
 
 def main() -> None:
-    """Write the corpus and its figures."""
     with Stage("prepare") as stage:
         config = stage.load("prepare", PrepareConfig)
         workers = stage.load("hardware", HardwareConfig).workers

@@ -1,4 +1,4 @@
-"""Stage tokenizer-study: vocabularies of several sizes, and GPT-2's, on words and texts and in short trainings."""
+"""tokenizer-study: vocabularies of several sizes, and GPT-2's, on words and texts and in short trainings."""
 
 import time
 from collections.abc import Mapping, Sequence
@@ -26,7 +26,6 @@ PLOTS = Path("plots/tokenizer")
 
 
 def main() -> None:
-    """Train and compare vocabularies of the corpus."""
     with Stage("tokenizer-study") as stage:
         config = stage.load("tokenizer_study", TokenizerStudyConfig)
         shape = stage.load("model", ModelShape)

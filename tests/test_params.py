@@ -51,7 +51,7 @@ def test_a_difference_shows_both_values_and_equal_ones_are_left_out():
     assert text.splitlines() == ["train:", "  steps: 2  # b: 3", '  new: [1, "a"]  # b: absent']
 
 
-def test_a_section_that_is_no_map_is_named(tmp_path, monkeypatch):
+def test_a_section_that_is_no_map_is_refused(tmp_path, monkeypatch):
     (tmp_path / "params.yaml").write_text(json.dumps({"scale": "tiny", "tiny": {"train": 3}}))
     monkeypatch.chdir(tmp_path)
     with pytest.raises(SystemExit, match=r"tiny\.train = 3 .* params\.yaml"):

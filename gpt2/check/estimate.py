@@ -26,7 +26,7 @@ TRAINING_BYTES = 16
 ACTIVATION_BYTES = {"float32": 64, "bfloat16": 40}
 # Steps to measure at most, and the seconds after which no further step starts.
 MEASURED_STEPS, MEASURED_SECONDS = 20, 10.0
-# Tokens of a measured step on a CPU: a full step would take minutes there, at about the same rate.
+# Tokens of a measured step on a CPU, at most: a full step would take minutes there, at about the same rate.
 CPU_TOKENS = 2048
 
 
@@ -79,11 +79,11 @@ def load_plan(values: dict[str, Any], scale: str) -> Plan:
 
 def measure_rate(plan: Plan) -> tuple[float, str]:
     """Return the tokens per second of all processes, by real optimizer steps of one process here, and the basis."""
-    train, block_size, device = plan.block.train, plan.model.block_size, setup_device(plan.block.hardware)
-    # On a CPU one process gets the threads of all, on GPUs each process has its own.
-    n_windows, times = max(1, CPU_TOKENS // block_size), plan.block.hardware.nnodes
-    if device.type == "cuda":
-        n_windows, times = train.accumulation(block_size, plan.world_size) * train.micro_batch, plan.world_size
+    train, block_size = plan.block.train, plan.model.block_size
+    device = setup_device(plan.block.hardware, plan.processes)
+    n_windows = train.accumulation(block_size, plan.world_size) * train.micro_batch
+    if device.type == "cpu":
+        n_windows = min(n_windows, max(1, CPU_TOKENS // block_size))
     # Random tokens, so that the rate can be measured before there is a text.
     windows, order = torch.randint(plan.model.vocab_size, (n_windows, block_size + 1)), np.arange(n_windows)[None]
     model = GPT(plan.model).to(device)
@@ -96,5 +96,5 @@ def measure_rate(plan: Plan) -> tuple[float, str]:
     while steps < MEASURED_STEPS and seconds < MEASURED_SECONDS:
         step()
         steps, seconds = steps + 1, time.perf_counter() - started
-    basis = f"measured now in {steps} steps at a load of {os.getloadavg()[0]:.1f}, times {times}"
-    return times * steps * n_windows * block_size / seconds, basis
+    basis = f"measured now in {steps} steps at a load of {os.getloadavg()[0]:.1f}, times {plan.world_size} processes"
+    return plan.world_size * steps * n_windows * block_size / seconds, basis
