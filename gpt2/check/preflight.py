@@ -58,13 +58,12 @@ def check_gpus(plan: Plan) -> str:
     """The visible GPUs against the processes and settings of training."""
     nproc, key, train = plan.block.hardware.nproc, f"{plan.scale}.hardware.nproc", plan.block.train
     count = torch.cuda.device_count()
-    if not count and nproc == "gpu":
-        raise UserError(f"torch {torch.__version__} finds no GPU, {key}=gpu needs one; use another machine or a number")
+    if count < plan.processes and (count or nproc == "gpu"):
+        found = f"torch {torch.__version__} finds {count} GPUs"
+        raise UserError(f"{key}={nproc} needs at least {plan.processes}, {found}; change it or use another machine")
     if not count:
         meant = f"train.precision={train.precision}, compile={train.compile} are meant for a GPU"
         return f"{WARNING}none; {meant}" if train.compile or train.precision == "bfloat16" else "none, none needed"
-    if plan.processes > count:
-        raise UserError(f"{key}={nproc} must not exceed the {count} visible GPUs; lower it or set it to gpu")
     text = f"{count} × {torch.cuda.get_device_name()}"
     return f"{WARNING}{text}; {key}={nproc} leaves some idle, set it to gpu" if plan.processes < count else text
 

@@ -96,7 +96,7 @@ def ending_torchrun() -> Iterator[None]:
         if TORCHRUN_MARK not in os.environ or os.getppid() != parent:
             raise
         if isinstance(deliberate.code, str):
-            # Before torchrun is told to end, which ends this process in turn.
+            # Printed before SIGTERM to torchrun, which ends this process in turn.
             print(deliberate.code, file=sys.stderr, flush=True)
         os.kill(parent, signal.SIGTERM)
         raise SystemExit(deliberate.code if isinstance(deliberate.code, int) else 1) from None

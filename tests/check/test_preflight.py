@@ -73,11 +73,11 @@ def test_versions_are_compared_with_project_and_lock(python, installed, start):
     ("check", "gpus", "changes", "expected"),
     [
         (check_gpus, [], {"scale": "tiny"}, "none needed"),
-        (check_gpus, [], {"scale": "full"}, "full.hardware.nproc=gpu needs one"),
+        (check_gpus, [], {"scale": "full"}, "FAIL full.hardware.nproc=gpu needs at least 1"),
         (check_gpus, [], {"scale": "full", "hardware__nproc": 1}, "warning: none; train.precision=bfloat16"),
         (check_gpus, [80, 80], {"scale": "full"}, "2 × H100"),
         (check_gpus, [80, 80], {"scale": "full", "hardware__nproc": 1}, "warning: 2 × H100; full.hardware.nproc=1"),
-        (check_gpus, [80, 80], {"scale": "full", "hardware__nproc": 4}, "FAIL full.hardware.nproc=4 must not exceed"),
+        (check_gpus, [80, 80], {"scale": "full", "hardware__nproc": 4}, "FAIL full.hardware.nproc=4 needs at least 4"),
         # The smallest GPU must hold the training.
         (check_memory, [80, 80], {"scale": "full"}, " of 80.0 GiB on each GPU"),
         (check_memory, [80, 16], {"scale": "full"}, " of 16.0 GiB on each GPU; lower full.train.micro_batch=64"),

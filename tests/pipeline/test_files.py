@@ -1,4 +1,4 @@
-"""Files are whole or absent, the same on every platform, and faults are told in words."""
+"""Files are whole or absent, the same on every platform, and a fault names the file and its remedy."""
 
 import json
 import math
