@@ -1,19 +1,20 @@
-"""Tables, curves and figures of the norm study, and the test that compares how often Pre-LN and Post-LN fail."""
+"""Tables and figures of the norm study, and the test that compares how often Pre-LN and Post-LN fail."""
 
 import math
-from collections.abc import Sequence
-from dataclasses import asdict, astuple
 
 import numpy as np
 import pandas as pd
 from scipy.stats import hypergeom
 
-from gpt2.norm_study.study import MAIN, NormStudyConfig, RunResult, StudyData
-from gpt2.train.stability import count_spikes, has_stalled
+from gpt2.norm_study.study import MAIN, NormStudyConfig, StudyData
 
 SETTING = ["arm", "norm", "max_lr", "warmup_steps"]
 # How several runs become a row: name of the column, what it is made of, and how.
 OUTCOMES = {
+    "val_loss": ("val_loss", "mean"),
+    "val_loss_sd": ("val_loss", "std"),
+    "val_loss_low": ("val_loss", "min"),
+    "val_loss_high": ("val_loss", "max"),
     "loss_spikes": ("loss_spikes", "sum"),
     "diverged": ("diverged", "sum"),
     "diverged_at_step": ("diverged_at_step", "min"),
@@ -24,24 +25,6 @@ OUTCOMES = {
 LOSS_CAP, GRAD_NORM_CAP = 1e4, 1e9
 
 
-def tabulate_runs(results: Sequence[RunResult], data: StudyData) -> pd.DataFrame:
-    """A row for each run. A run that diverged has not stalled as well: it broke off."""
-    return pd.DataFrame(
-        {
-            **asdict(r.setting),
-            "val_loss": r.val_loss,
-            "loss_spikes": count_spikes(r.curve.losses),
-            "diverged": int(r.curve.diverged_at_step >= 0),
-            "diverged_at_step": r.curve.diverged_at_step,
-            "stalled": int(r.curve.diverged_at_step < 0 and has_stalled(r.val_loss, data.unigram_val_loss)),
-            "max_grad_norm": r.curve.max_grad_norm,
-            "token_cosine": r.token_cosine,
-            "grad_ratio": r.grad_ratio,
-        }
-        for r in results
-    )
-
-
 def tabulate_settings(runs: pd.DataFrame) -> pd.DataFrame:
     """A row for each arm, norm, learning rate and warm-up of `runs`.
 
@@ -49,18 +32,9 @@ def tabulate_settings(runs: pd.DataFrame) -> pd.DataFrame:
     as infinite. Spikes, `diverged` and `stalled` are summed; the step is that of the earliest divergence, the gradient
     norm the largest. Cosine and gradient ratio are means over the runs that have one.
     """
-    return _aggregate(
-        runs.fillna({"val_loss": math.inf}),
-        SETTING,
-        seeds=("seed", "size"),
-        val_loss=("val_loss", "mean"),
-        val_loss_sd=("val_loss", "std"),
-        val_loss_low=("val_loss", "min"),
-        val_loss_high=("val_loss", "max"),
-        **OUTCOMES,
-        token_cosine=("token_cosine", "mean"),
-        grad_ratio=("grad_ratio", "mean"),
-    ).reset_index()
+    means = {name: (name, "mean") for name in ("token_cosine", "grad_ratio")}
+    runs = runs.fillna({"val_loss": math.inf})
+    return _aggregate(runs, SETTING, seeds=("seed", "size"), **OUTCOMES, **means).reset_index()
 
 
 def _aggregate(runs: pd.DataFrame, keys: list[str], /, **columns: tuple[str, str]) -> pd.DataFrame:
@@ -71,16 +45,6 @@ def _aggregate(runs: pd.DataFrame, keys: list[str], /, **columns: tuple[str, str
     )
     table = runs.groupby(keys, sort=False).agg(**columns)
     return table.fillna({"diverged_at_step": -1}).astype({"diverged_at_step": int})
-
-
-def tabulate_curves(results: Sequence[RunResult]) -> pd.DataFrame:
-    """Loss and gradient norm of each step of each run, steps counted from 1."""
-    rows = [
-        (*astuple(r.setting), step, loss, grad_norm)
-        for r in results
-        for step, (loss, grad_norm) in enumerate(zip(r.curve.losses, r.curve.grad_norms, strict=True), start=1)
-    ]
-    return pd.DataFrame(rows, columns=[*SETTING, "seed", "step", "loss", "grad_norm"])
 
 
 def average_curves(curves: pd.DataFrame, config: NormStudyConfig, quantity: str) -> pd.DataFrame:
@@ -104,7 +68,7 @@ def study_figures(runs: pd.DataFrame, config: NormStudyConfig, data: StudyData) 
         "runs": len(runs),
         "seeds": len(arm.seeds),
         "settings": len(arm.max_lrs) * len(arm.warmup_steps),
-        "vocab_size": data.vocab_size,
+        "vocab_size": config.vocab_size,
         "unigram_entropy": data.unigram_entropy,
         "unigram_val_loss": data.unigram_val_loss,
     }
@@ -114,16 +78,8 @@ def study_figures(runs: pd.DataFrame, config: NormStudyConfig, data: StudyData) 
         rough=(runs["loss_spikes"] > 0) | (runs["diverged"] > 0),
         lost=(runs["diverged"] > 0) | (runs["stalled"] > 0),
     )
-    norms = _aggregate(
-        runs,
-        ["norm"],
-        val_loss=("val_loss", "mean"),
-        val_loss_sd=("val_loss", "std"),
-        runs=("seed", "size"),
-        **OUTCOMES,
-        rough_runs=("rough", "sum"),
-        lost_runs=("lost", "sum"),
-    )
+    counts = {"runs": ("seed", "size"), "rough_runs": ("rough", "sum"), "lost_runs": ("lost", "sum")}
+    norms = _aggregate(runs, ["norm"], **OUTCOMES, **counts).drop(columns=["val_loss_low", "val_loss_high"])
     norms["val_loss"] = norms["val_loss"].fillna(math.inf).clip(upper=LOSS_CAP)
     norms["max_grad_norm"] = norms["max_grad_norm"].clip(upper=GRAD_NORM_CAP)
     for norm, row in norms.to_dict("index").items():

@@ -4,21 +4,61 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from typing import Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
+from pydantic import AfterValidator, Field, PositiveInt
 from torch import Tensor, nn
 
 from gpt2.data.order import sample_windows
+from gpt2.model.config import GPTConfig, ModelShape, Norm
 from gpt2.model.dist import Precision, autocast, setup_device
 from gpt2.model.gpt import GPT
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.workers import in_order
-from gpt2.train.optim import OptimConfig, build_optimizer, lr_at
+from gpt2.train.optim import AdamConfig, OptimConfig, build_optimizer, lr_at
 from gpt2.train.stability import DivergenceWatch
 
 R = TypeVar("R")
+
+
+def _require_distinct(values: tuple[R, ...]) -> tuple[R, ...]:
+    if len(set(values)) < len(values):
+        raise ValueError("must not name a value twice; remove one")
+    return values
+
+
+# Values of a parameter, each of which has runs of its own.
+Distinct = Annotated[tuple[R, ...], AfterValidator(_require_distinct)]
+
+
+class ShortRunConfig(ModelShape, AdamConfig):
+    """What the parameters of all studies have: their own, small model and optimizer."""
+
+    # The final learning rate as a fraction of the largest.
+    min_lr_fraction: float = Field(ge=0, le=1)
+    # Windows of one step, and at most of one forward pass.
+    batch_windows: PositiveInt
+    micro_batch: PositiveInt
+    precision: Precision
+
+    def shape(self, vocab_size: int, norm: Norm) -> GPTConfig:
+        """The shape of a model."""
+        return GPTConfig(**self.model_dump(include={*ModelShape.model_fields}), vocab_size=vocab_size, norm=norm)
+
+    def schedule(
+        self, max_steps: int, max_lr: float, warmup_steps: int, optimizer: Literal["adamw", "muon"] = "adamw"
+    ) -> OptimConfig:
+        """Optimizer and schedule of a run."""
+        return OptimConfig(
+            **self.model_dump(include={*AdamConfig.model_fields}),
+            optimizer=optimizer,
+            max_steps=max_steps,
+            max_lr=max_lr,
+            min_lr=max_lr * self.min_lr_fraction,
+            warmup_steps=warmup_steps,
+        )
 
 
 @dataclass(frozen=True)
@@ -44,7 +84,6 @@ def train_windows(
     diverges."""
     device = model.wte.weight.device
     optimizer = build_optimizer(model, schedule)
-    parameters = list(model.parameters())
     losses, grad_norms, watch = [], [], DivergenceWatch()
     diverged_at_step = -1
     for step, chosen in enumerate(order):
@@ -55,7 +94,7 @@ def train_windows(
                 share = model(part[:, :-1], part[:, 1:]) * (len(part) / len(batch))
             share.backward()
             loss += share.item()
-        grad_norm = nn.utils.clip_grad_norm_(parameters, schedule.grad_clip).item()
+        grad_norm = nn.utils.clip_grad_norm_(model.parameters(), schedule.grad_clip).item()
         if watch.update(loss, grad_norm):
             diverged_at_step = step
             break
@@ -72,7 +111,7 @@ def train_windows(
 def run_each(function: Callable[..., R], tasks: Iterable[tuple], hardware: HardwareConfig) -> list[R]:
     """`function(*task, device)` for each task, in their order; one process for each GPU, or for each thread of a CPU.
 
-    A run is too small to share: on a CPU, one thread for each beats all threads on one.
+    A run is too small to share: on a CPU, one thread for each run is faster than all threads for one.
     """
     gpus = torch.cuda.device_count()
     workers = gpus or hardware.threads
