@@ -9,7 +9,6 @@ import signal
 import subprocess
 import sys
 import time
-from dataclasses import dataclass
 from pathlib import Path
 from pydoc_data.topics import topics
 
@@ -19,15 +18,14 @@ import pytest
 import tiktoken
 import torch
 
-from gpt2.data.order import TrainOrder
-from gpt2.data.shards import TokenSet, Vocabulary, write_split
-from gpt2.data.windows import eval_windows
-from gpt2.hellaswag.items import load_benchmark, save_benchmark, tokenize_items
+from gpt2.data.shards import Vocabulary, write_split
+from gpt2.hellaswag.items import save_benchmark, tokenize_items
+from gpt2.hellaswag.scoring import HellaswagConfig
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import Dist
-from gpt2.model.gpt import GPT
 from gpt2.pipeline import params
-from gpt2.train.loop import Evaluation, TrainConfig
+from gpt2.train.loop import TrainConfig
+from gpt2.train.setup import Run, build_run
 from stages import train
 from tests.analysed import SECTIONS as ANALYSED
 from tests.closure import ROOT
@@ -99,34 +97,12 @@ def set_params(folder: Path, norm: str = "preln", **changed: dict) -> None:
     (folder / "params.yaml").write_text(json.dumps({"norm": norm, "scale": "tiny", "tiny": sections}))
 
 
-@dataclass
-class Parts:
-    """What `fit` takes, read from a folder."""
-
-    model: GPT
-    config: TrainConfig
-    order: TrainOrder
-    evaluation: Evaluation
-
-
-def load_parts(folder: Path) -> Parts:
-    """The arguments of `fit` as the stage would make them."""
+def load_parts(folder: Path) -> Run:
+    """The run of a folder in one process, as the stage makes it."""
     values = params.read(folder / "params.yaml")
-    tokens, val = (TokenSet(folder / "data" / "tokens", split) for split in ("train", "val"))
     shape = params.load("model", GPTConfig, values, norm=values["norm"], vocab_size=VOCABULARY.vocab_size)
-    config = params.load("train", TrainConfig, values)
-    return Parts(
-        GPT(shape, config.seed),
-        config,
-        TrainOrder(tokens, shape.block_size, config.batch_windows(shape.block_size), config.seed),
-        Evaluation(
-            eval_windows(val, shape.block_size, config.eval_tokens),
-            load_benchmark(folder / "data" / "tokens" / "hellaswag.npz").first(config.eval_items),
-            config.micro_batch,
-            batch_tokens=64,
-            precision=config.precision,
-        ),
-    )
+    batch_tokens = params.load("hellaswag", HellaswagConfig, values).batch_tokens
+    return build_run(params.load("train", TrainConfig, values), shape, batch_tokens, folder / "data/tokens", LOCAL)
 
 
 def start(

@@ -29,7 +29,7 @@ from gpt2.pipeline.scratch import locked, scratch_folder, source_files
 from gpt2.prune.remove import PruneConfig
 from gpt2.prune.study import study_pruning
 from gpt2.train.loop import TrainConfig, fit
-from gpt2.train.results import run_identity
+from gpt2.train.results import run_figures, run_identity
 from gpt2.train.setup import build_run
 from gpt2.train.short_runs import run_each
 
@@ -117,7 +117,7 @@ def measure_replicate(line: MainLine, seed: int, device: torch.device) -> Figure
         similarities = {name: heads.matrices[name] for name in SAVED_SIMILARITIES}
         pruning = study_pruning(run.model, line.prune, line.tokens, similarities, benchmark, line.batch_tokens)
         measured = {
-            "train": run.figures(result),
+            "train": run_figures(run, result),
             "hellaswag": score_model(run.model, benchmark, line.batch_tokens)[0],
             "heads": heads.figures,
             "prune": pruning.figures,

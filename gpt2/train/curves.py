@@ -6,6 +6,7 @@ A checkpoint records how long the files are, and a resumed run cuts them to that
 import csv
 import os
 from collections.abc import Mapping
+from contextlib import ExitStack
 from pathlib import Path
 from typing import TextIO
 
@@ -21,7 +22,7 @@ Rows = dict[str, list[list]]
 
 
 def read_rows(folder: Path, sizes: Mapping[str, int]) -> Rows:
-    """Rows in the first `sizes[table]` bytes of each file. Raises ValueError if they are not there as they were."""
+    """Rows in the first `sizes[table]` bytes of each file. Raises ValueError if they were damaged."""
     rows = {}
     for table, columns in TABLES.items():
         path = folder / f"{table}.csv"
@@ -36,30 +37,23 @@ def read_rows(folder: Path, sizes: Mapping[str, int]) -> Rows:
     return rows
 
 
-class RowFiles:
+class RowFiles(ExitStack):
     """Context manager around the open files of a run, cut to `sizes` (none given: to nothing)."""
 
     def __init__(self, folder: Path, sizes: Mapping[str, int] | None = None):
-        self._folder, self._sizes = folder, sizes or dict.fromkeys(TABLES, 0)
-
-    def __enter__(self) -> "RowFiles":
+        super().__init__()
         self._files: dict[str, TextIO] = {}
-        for table, size in self._sizes.items():
-            file = open(self._folder / f"{table}.csv", "a+", encoding="utf-8", newline="")
+        for table, size in (sizes or dict.fromkeys(TABLES, 0)).items():
+            file = self.enter_context(open(folder / f"{table}.csv", "a+", encoding="utf-8", newline=""))
             file.truncate(size)
             self._files[table] = file
-        return self
-
-    def __exit__(self, *_) -> None:
-        for file in self._files.values():
-            file.close()
 
     def append(self, table: str, row: list) -> None:
         """Write one row."""
         csv.writer(self._files[table], lineterminator="\n").writerow(row)
 
     def sync(self) -> dict[str, int]:
-        """Bring all rows to the disk; return the sizes of the files."""
+        """Write all rows to the disk; return the sizes of the files."""
         for file in self._files.values():
             file.flush()
             os.fsync(file.fileno())

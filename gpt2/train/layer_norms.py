@@ -1,4 +1,6 @@
-"""How large gradients and activations are, layer by layer: where vanishing and exploding show first."""
+"""Norms of gradients and activations, layer by layer: where vanishing and exploding show first."""
+
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor, nn
@@ -23,11 +25,9 @@ def activation_norms(model: GPT, idx: Tensor) -> list[float]:
     def measure(x: Tensor) -> None:
         norms.append(x.float().square().mean(-1).sqrt().mean().item())
 
-    hooks = [block.register_forward_pre_hook(lambda _, inputs: measure(inputs[0])) for block in model.h]
-    hooks.append(model.h[-1].register_forward_hook(lambda _, __, output: measure(output)))
-    try:
+    with ExitStack() as hooks:
+        for block in model.h:
+            hooks.enter_context(block.register_forward_pre_hook(lambda _, inputs: measure(inputs[0])))
+        hooks.enter_context(model.h[-1].register_forward_hook(lambda _, __, output: measure(output)))
         model.hidden(idx)
-    finally:
-        for hook in hooks:
-            hook.remove()
     return norms

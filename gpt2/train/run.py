@@ -22,7 +22,7 @@ from gpt2.pipeline.stage import Stage
 from gpt2.train.checkpoint import require_agreement
 from gpt2.train.curves import TABLES
 from gpt2.train.loop import TrainConfig, TrainResult, fit, measure_loaded
-from gpt2.train.results import SOURCES, describe_length, run_speed
+from gpt2.train.results import SOURCES, run_figures, run_identity, run_speed
 from gpt2.train.setup import Run, build_run
 
 TOKENS = Path("data/tokens")
@@ -38,13 +38,17 @@ def prepare_run(stage: Stage, dist: Dist) -> Run:
     vocabulary = TokenSet(TOKENS, "train").vocabulary
     shape = stage.load("model", GPTConfig, norm=stage.top("norm"), vocab_size=vocabulary.vocab_size)
     run = build_run(config, shape, stage.load("hellaswag", HellaswagConfig).batch_tokens, TOKENS, dist)
-    log.info("%s", describe_length(run.config, run.order))
+    epochs = run.config.steps * run.order.batch_windows / run.order.windows_per_epoch
+    log.info(
+        f"{run.config.steps:,} steps of {run.config.tokens_per_step:,} tokens, which are {epochs:.2f} epochs of "
+        f"{run.order.windows_per_epoch:,} windows of {run.order.block_size} tokens"
+    )
     return run
 
 
 def train_from_scratch(stage: Stage, run: Run) -> Path:
-    """Train in this process and, in the main one, write the outputs. Return the folder of the resume state."""
-    scratch = scratch_folder("train", run.identity, SOURCES)
+    """Train in this process; in the main one, write the outputs. Returns the folder of the resume state."""
+    scratch = scratch_folder("train", run_identity(run.model.config, run.config, run.tokens), SOURCES)
     require_agreement(scratch, run.dist)
     with locked(scratch) if run.dist.is_main else nullcontext():
         result = fit(run.model, run.config, run.order, run.evaluation, run.dist, scratch)
@@ -69,15 +73,15 @@ def load_weights(stage: Stage, run: Run, source: str) -> None:
 
 
 def write_outputs(stage: Stage, run: Run, result: TrainResult, **figures: float | str) -> None:
-    """Write the outputs, in the main process; `figures` add to those of a training run or replace them."""
+    """Write the outputs, in the main process; `figures` are added to those of a training run, or replace them."""
     if not run.dist.is_main:
         return
     for table, columns in TABLES.items():
         write_csv(CURVES / f"{table}.csv", columns, result.rows[table])
-    write_json(METRICS, {**run.figures(result), **figures})
+    write_json(METRICS, {**run_figures(run, result), **figures})
     copy_vocabulary(TOKENS, MODEL)
     save_model(run.model, MODEL)
-    stage.timed |= run_speed(result, run.config, run.model.config, run.dist)
+    stage.timed |= run_speed(run, result)
 
 
 def run_stage() -> None:

@@ -1,4 +1,4 @@
-"""What a training run consists of, made from its parameters: for the stage train and for the replicates."""
+"""The parts of a training run, made from its parameters: for the stage train and for the replicates."""
 
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,8 +10,7 @@ from gpt2.hellaswag.items import load_benchmark
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import Dist, make_deterministic
 from gpt2.model.gpt import GPT
-from gpt2.train.loop import Evaluation, TrainConfig, TrainResult
-from gpt2.train.results import run_figures, run_identity
+from gpt2.train.loop import Evaluation, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -25,18 +24,6 @@ class Run:
     order: TrainOrder
     evaluation: Evaluation
     dist: Dist
-
-    @property
-    def identity(self) -> dict:
-        """All that decides the result of the run."""
-        return run_identity(self.model.config, self.config, self.tokens)
-
-    def figures(self, result: TrainResult) -> dict[str, float]:
-        """Figures of metrics/train.json."""
-        n_items = len(self.evaluation.benchmark.labels)
-        return run_figures(
-            result, self.config, self.model, self.tokens, self.val, self.order.windows_per_epoch, n_items
-        )
 
 
 def build_run(config: TrainConfig, shape: GPTConfig, batch_tokens: int, folder: Path, dist: Dist) -> Run:

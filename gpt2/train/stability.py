@@ -20,16 +20,15 @@ STALL_NATS = 0.1
 
 
 def count_spikes(losses: Sequence[float]) -> int:
-    """Number of spikes: maximal runs of steps whose loss stands above the losses of the WINDOW steps before the run."""
+    """Number of spikes: maximal runs of steps whose losses exceed those of the WINDOW steps before the run."""
     spikes, inside = 0, False
-    recent: list[float] = []
+    recent: deque[float] = deque(maxlen=WINDOW)
     for loss in losses:
-        if len(recent) == WINDOW and loss > _spike_level(recent):
-            spikes += not inside
-            inside = True
-            continue
-        inside = False
-        recent = [*recent, loss][-WINDOW:]
+        above = len(recent) == WINDOW and loss > _spike_level(recent)
+        spikes += above and not inside
+        inside = above
+        if not above:
+            recent.append(loss)
     return spikes
 
 
@@ -45,20 +44,18 @@ class DivergenceWatch:
     """
 
     def __init__(self) -> None:
-        self._before: deque[float] = deque(maxlen=WINDOW)
-        self._last: deque[float] = deque(maxlen=WINDOW)
+        self._recent: deque[float] = deque(maxlen=2 * WINDOW)
         self._best = math.inf
 
     def update(self, loss: float, grad_norm: float) -> bool:
-        """Take the next step's figures; return whether to stop."""
-        if len(self._last) == WINDOW:
-            self._before.append(self._last[0])
-            if len(self._before) == WINDOW or math.isinf(self._best):
-                self._best = min(self._best, float(np.mean(self._before)))
-        self._last.append(loss)
+        """Add the figures of the next step; return whether to stop."""
+        self._recent.append(loss)
+        before, last = [*self._recent][:-WINDOW], [*self._recent][-WINDOW:]
+        if len(before) == WINDOW or (before and math.isinf(self._best)):
+            self._best = min(self._best, float(np.mean(before)))
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return True
-        return len(self._last) == WINDOW and min(self._last) > self._best + DIVERGENCE_NATS
+        return len(last) == WINDOW and min(last) > self._best + DIVERGENCE_NATS
 
 
 def has_stalled(val_loss: float, unigram_entropy: float) -> bool:
