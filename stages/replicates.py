@@ -1,4 +1,4 @@
-"""replicates: further models of the main line with other seeds, measured like it, so that figures have a spread."""
+"""replicates: further models of the main line with other seeds, measured in the same way."""
 
 from pathlib import Path
 
@@ -6,7 +6,7 @@ from gpt2.data.shards import TokenSet
 from gpt2.heads.similarity import HeadsConfig
 from gpt2.hellaswag.scoring import HellaswagConfig
 from gpt2.model.config import GPTConfig
-from gpt2.pipeline.files import write_csv, write_json
+from gpt2.pipeline.files import read_json, write_csv, write_json
 from gpt2.pipeline.hardware import HardwareConfig
 from gpt2.pipeline.scratch import drop
 from gpt2.pipeline.stage import Stage
@@ -15,7 +15,7 @@ from gpt2.replicates.study import (
     MainLine,
     ReplicatesConfig,
     measure_replicates,
-    read_main,
+    name_figures,
     scratch_of,
     summarise_models,
     tabulate_models,
@@ -44,11 +44,11 @@ def main() -> None:
             stage.load("prune", PruneConfig),
             TOKENS,
         )
-        main_model = read_main((TRAINED, SCORED, COMPARED, PRUNED), train.seed)
+        measured = {path.stem: read_json(path) for path in (TRAINED, SCORED, COMPARED, PRUNED)}
         # Loaded weights have no seed to change.
         seeds = [] if train.init_from else [seed for seed in config.seeds if seed != train.seed]
         models = measure_replicates(line, seeds, stage.load("hardware", HardwareConfig))
-        table = tabulate_models([main_model, *models])
+        table = tabulate_models([name_figures(measured, train.seed), *models])
         write_csv(MODELS, list(table.columns), table.to_numpy(object).tolist())
         write_json(METRICS, summarise_models(table))
     for seed in seeds:

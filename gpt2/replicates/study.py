@@ -5,15 +5,14 @@ statement about models therefore rests on the main model and on these.
 """
 
 import logging
-from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from multiprocessing import parent_process
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-from pydantic import field_validator
 
 from gpt2.data.shards import TokenSet
 from gpt2.heads.similarity import SAVED_SIMILARITIES, HeadsConfig
@@ -31,7 +30,7 @@ from gpt2.prune.study import study_pruning
 from gpt2.train.loop import TrainConfig, fit
 from gpt2.train.results import run_figures, run_identity
 from gpt2.train.setup import build_run
-from gpt2.train.short_runs import run_each
+from gpt2.train.short_runs import Distinct, run_each
 
 # The code that decides the figures of a model.
 SOURCES = source_files("data", "model", "train", "hellaswag", "heads", "prune", "replicates")
@@ -40,14 +39,11 @@ MEASURED = ("train", "hellaswag", "heads", "prune")
 # Figures of metrics/replicates.json.
 SUMMARISED = (
     *("train.val_loss", "train.val_bits_per_byte", "train.hellaswag_acc_norm"),
-    *(
-        "hellaswag.completion_acc",
-        "hellaswag.completion_acc_norm",
-        "hellaswag.harness_acc",
-        "hellaswag.harness_acc_norm",
-    ),
+    *("hellaswag.completion_acc", "hellaswag.completion_acc_norm"),
+    *("hellaswag.harness_acc", "hellaswag.harness_acc_norm"),
     *("heads.redundant_pairs", "heads.max_similarity", "heads.uniform_heads_percent", "heads.mean_centred_similarity"),
-    *(f"heads.pairs_above_{null}_centred_threshold_percent" for null in ("untrained", "shuffled")),
+    "heads.pairs_above_untrained_centred_threshold_percent",
+    "heads.pairs_above_shuffled_centred_threshold_percent",
     "prune.attention_loss",
     *(
         f"prune.{criterion}perplexity_rise_percent_at_15"
@@ -60,20 +56,14 @@ SUMMARISED = (
     *("prune.pruned_percent", "prune.pruned_perplexity_rise_percent"),
 )
 Figures = dict[str, Any]
+log = logging.getLogger(__name__)
 
 
 class ReplicatesConfig(Config):
     """Section `replicates`."""
 
     # A further model for each: the seed of its initial weights and of its data order.
-    seeds: tuple[int, ...]
-
-    @field_validator("seeds")
-    @classmethod
-    def _distinct(cls, seeds: tuple[int, ...]) -> tuple[int, ...]:
-        if len(set(seeds)) < len(seeds):
-            raise ValueError("must not name a seed twice; remove one")
-        return seeds
+    seeds: Distinct[int]
 
 
 @dataclass(frozen=True)
@@ -108,10 +98,10 @@ def measure_replicate(line: MainLine, seed: int, device: torch.device) -> Figure
     with locked(folder):
         if finished.exists():
             return read_json(finished)
+        _log_as(f"seed {seed}")
         run = build_run(line.with_seed(seed), line.shape, line.batch_tokens, line.tokens, Dist(0, 0, 1, device))
-        with _logging_as(f"seed {seed}"):
-            result = fit(run.model, run.config, run.order, run.evaluation, run.dist, folder)
-            logging.info("trained; comparing and pruning heads")
+        result = fit(run.model, run.config, run.order, run.evaluation, run.dist, folder)
+        log.info("trained; comparing and pruning heads")
         benchmark = load_benchmark(line.tokens / "hellaswag.npz")
         heads = study_heads(run.model, run.val, line.heads)
         similarities = {name: heads.matrices[name] for name in SAVED_SIMILARITIES}
@@ -122,8 +112,7 @@ def measure_replicate(line: MainLine, seed: int, device: torch.device) -> Figure
             "heads": heads.figures,
             "prune": pruning.figures,
         }
-        figures = {"seed": seed, **_name(measured)}
-        write_json(finished, figures)
+        write_json(finished, figures := name_figures(measured, seed))
         return figures
 
 
@@ -138,36 +127,27 @@ def scratch_of(line: MainLine, seed: int) -> Path:
     return scratch_folder("replicates", {**identity, **measured}, SOURCES)
 
 
-@contextmanager
-def _logging_as(name: str) -> Iterator[None]:
-    """Log the progress of one model under its name where this process, a worker, does not log yet."""
-    root = logging.getLogger()
-    if root.handlers:
-        yield
-        return
-    logging.basicConfig(level=logging.INFO, format=f"%(asctime)s replicates: {name}: %(message)s", datefmt="%H:%M:%S")
-    try:
-        yield
-    finally:
-        # The next model of this worker logs under another name.
-        root.handlers.clear()
+def _log_as(name: str) -> None:
+    """Log the progress of one model under its name if this process is a worker, which has no other log."""
+    form = f"%(asctime)s replicates: {name}: %(message)s"
+    logging.basicConfig(level=logging.INFO, format=form, datefmt="%H:%M:%S", force=parent_process() is not None)
 
 
-def read_main(metrics: Iterable[Path], seed: int) -> Figures:
-    """The figures of the main model, from the metrics files of MEASURED."""
-    return {"seed": seed, **_name({path.stem: read_json(path) for path in metrics})}
+def name_figures(measured: Mapping[str, Mapping[str, Any]], seed: int) -> Figures:
+    """The seed of a model and its figures, given by the names of MEASURED."""
+    named = {f"{stem}.{key}": value for stem, values in measured.items() for key, value in values.items()}
+    return {"seed": seed, **named}
 
 
 def tabulate_models(models: Sequence[Figures]) -> pd.DataFrame:
     """A row for each model, the main one first; a column for each figure that all have."""
-    shared = [name for name in models[0] if all(name in figures for figures in models)]
-    return pd.DataFrame([{name: figures[name] for name in shared} for figures in models])
+    return pd.DataFrame(list(models)).dropna(axis="columns")
 
 
 def summarise_models(table: pd.DataFrame) -> dict[str, float]:
     """Figures of metrics/replicates.json: the number of models, and mean and sample standard deviation of SUMMARISED.
 
-    A name like train.val_loss becomes train_val_loss_mean and train_val_loss_sd; of one model there is no deviation.
+    A name like train.val_loss becomes train_val_loss_mean and train_val_loss_sd; one model has no deviation.
     """
     figures: dict[str, float] = {"models": len(table)}
     for name in SUMMARISED:
@@ -176,7 +156,3 @@ def summarise_models(table: pd.DataFrame) -> dict[str, float]:
         if len(table) > 1:
             figures[f"{key}_sd"] = round(float(table[name].std()), 6)
     return figures
-
-
-def _name(figures: Mapping[str, Mapping[str, Any]]) -> Figures:
-    return {f"{stem}.{key}": value for stem, values in figures.items() for key, value in values.items()}

@@ -1,6 +1,6 @@
-"""Resume state of a run in progress: one file with weights, optimizer, step and log position, whole or absent.
+"""Checkpoints of a run in progress: atomically written files with weights, optimizer, step and log position.
 
-Its folder lies in scratch and is named by all that decides the result: see scratch.py.
+Their folder, in scratch, is named by a hash of all that decides the result: see scratch.py.
 """
 
 import hashlib
@@ -22,7 +22,7 @@ log = logging.getLogger(__name__)
 
 
 def require_agreement(folder: Path, dist: Dist) -> None:
-    """Raise UserError if the main process is about to train something else than this one does."""
+    """Raise UserError if the main process is about to train another run than this one."""
     if (main := dist.share(folder.name)) != folder.name:
         raise UserError(
             f"rank {dist.rank} has run {folder.name}, the main process {main}: parameters, data/tokens or code differ "
@@ -31,24 +31,23 @@ def require_agreement(folder: Path, dist: Dist) -> None:
 
 
 def save_checkpoint(folder: Path, model: nn.Module, optimizer: Optimizer, state: dict) -> None:
-    """Write the state after `state["step"]` steps and drop all but the newest KEPT checkpoints.
+    """Write the state after `state["step"]` steps and remove all but the newest KEPT checkpoints.
 
-    Raises UserError if the disk does not take the file; the checkpoints before are then untouched.
+    Raises UserError if the file cannot be written; earlier checkpoints are then untouched.
     """
     tensors = {f"model.{name}": tensor for name, tensor in model.state_dict().items()}
     for name, parameter in model.named_parameters():
         tensors |= {f"optim.{name}.{key}": value for key, value in optimizer.state[parameter].items()}
     path = folder / f"step_{state['step']:08d}.safetensors"
     write_tensors(path, tensors, state)
-    found = _checkpoints(folder)
-    newest = found.index(path)
-    # Files of later steps are damaged: this run passed them over when it resumed.
-    for other in found[:newest] + found[newest + KEPT :]:
+    # Files of later steps are damaged: this run skipped them when it resumed.
+    kept = [other for other in _checkpoints(folder) if other.name <= path.name][:KEPT]
+    for other in {*_checkpoints(folder)} - {*kept}:
         other.unlink()
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor], state: dict | None = None) -> None:
-    """Write tensors with a JSON `state` and a digest of both, whole or not at all. Raises UserError if it cannot."""
+    """Write tensors with a JSON `state` and a digest of both, atomically. Raises UserError if that fails."""
     tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps(state or {})
     try:
@@ -57,13 +56,13 @@ def write_tensors(path: Path, tensors: dict[str, Tensor], state: dict | None = N
     except (OSError, SafetensorError) as error:
         size = sum(tensor.nbytes for tensor in tensors.values()) / 2**30
         raise UserError(
-            f"{path} cannot be written ({error}); it needs {size:.2f} GiB: make room and run dvc repro, which goes on "
-            "from the checkpoint before"
+            f"{path} cannot be written ({error}); it needs {size:.2f} GiB: make room and run dvc repro, which "
+            "resumes from the last checkpoint"
         ) from error
 
 
 def read_tensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
-    """State and tensors of a file. Raises ValueError, in words, if it is damaged or cannot be read."""
+    """State and tensors of a file. Raises ValueError if it is damaged or cannot be read."""
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (safe_open is no mapping)
@@ -72,17 +71,17 @@ def read_tensors(path: Path) -> tuple[dict, dict[str, Tensor]]:
     except (OSError, SafetensorError, KeyError, TypeError) as error:
         raise ValueError(f"{error}") from error
     if _digest(tensors, text) != digest:
-        raise ValueError("its content does not have its digest")
+        raise ValueError("its content does not match its digest")
     return state, tensors
 
 
 def read_checkpoints(folder: Path) -> Iterator[tuple[dict, dict[str, Tensor]]]:
-    """State and tensors of every sound checkpoint, newest first; a damaged one is passed over with a warning."""
+    """State and tensors of every intact checkpoint, newest first; a damaged one is skipped with a warning."""
     for path in _checkpoints(folder):
         try:
             yield read_tensors(path)
         except ValueError as error:
-            log.warning("checkpoint %s is damaged (%s); falling back to the one before", path, error)
+            log.warning("checkpoint %s is damaged (%s); falling back to the previous one", path, error)
 
 
 def restore(model: nn.Module, optimizer: Optimizer, tensors: dict[str, Tensor]) -> None:

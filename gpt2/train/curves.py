@@ -44,7 +44,8 @@ class RowFiles(ExitStack):
         super().__init__()
         self._files: dict[str, TextIO] = {}
         for table, size in (sizes or dict.fromkeys(TABLES, 0)).items():
-            file = self.enter_context(open(folder / f"{table}.csv", "a+", encoding="utf-8", newline=""))
+            path = folder / f"{table}.csv"
+            file = self.enter_context(path.open("a+", encoding="utf-8", newline=""))
             file.truncate(size)
             self._files[table] = file
 

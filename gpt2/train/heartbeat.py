@@ -1,4 +1,4 @@
-"""A small file beside the resume state that says how far a run is, for `python -m gpt2.status`."""
+"""Heartbeat file in the scratch folder of a run: its progress, for `python -m gpt2.status`."""
 
 import json
 import os
@@ -10,12 +10,12 @@ from pathlib import Path
 import psutil
 
 FILE = "heartbeat.json"
-# At most so often, in seconds, is the file rewritten.
+# Least seconds between two writes of the file.
 INTERVAL = 1.0
 
 
 class Heartbeat:
-    """Writes the state of this process's run; rank 0 has one."""
+    """Writes the progress of a run; only the main process has one."""
 
     def __init__(self, folder: Path):
         self._path = folder / FILE
@@ -28,16 +28,16 @@ class Heartbeat:
         return time.monotonic() - self._last >= INTERVAL
 
     def beat(self, values: Mapping) -> None:
-        """Replace the file by `values`."""
+        """Replace the content of the file by `values` and the identity of this process."""
         self._last = time.monotonic()
         temporary = self._path.with_name(f".{FILE}.tmp")
         temporary.write_text(json.dumps({**self._own, "time": time.time(), **values}), encoding="utf-8")
-        # Whole or absent, but not synced: nothing depends on it after a crash.
+        # Atomic, but not synced: nothing depends on it after a crash.
         temporary.replace(self._path)
 
 
 def read_heartbeats(scratch: Path) -> list[tuple[Path, dict]]:
-    """Folder and last heartbeat of every run under `scratch`, the latest first; damaged files are left out."""
+    """Folder and last heartbeat of every run under `scratch`, the latest first; damaged files are skipped."""
     found = []
     for path in scratch.glob(f"*/*/{FILE}"):
         try:
