@@ -20,10 +20,11 @@ from gpt2.train.checkpoint import KEPT
 from gpt2.train.curves import TABLES
 from gpt2.train.loop import Stepper, TrainConfig, TrainResult, fit
 from gpt2.train.optim import build_optimizer, lr_at
+from gpt2.train.setup import Run
+from tests.train.conftest import resumed_step
 from tests.training_run import (
     LOCAL,
     SECTIONS,
-    Parts,
     checkpoint_steps,
     finish,
     kill,
@@ -42,13 +43,13 @@ STEPS = SECTIONS["train"]["max_steps"]
 LOSS, LR, GRAD_NORM = (TABLES["train"].index(name) for name in ("loss", "lr", "grad_norm"))
 
 
-# The wrecks of runs that the tests below start from, beside those that nothing disturbs (conftest.py).
+# Killed runs that the tests below resume; undisturbed ones are in conftest.py.
 
 
 @pytest.fixture(scope="module")
-def wreck(tmp_path_factory) -> Path:
+def killed(tmp_path_factory) -> Path:
     """A run killed by SIGKILL after it had written KEPT checkpoints."""
-    folder = prepare_folder(tmp_path_factory.mktemp("wreck"))
+    folder = prepare_folder(tmp_path_factory.mktemp("killed"))
     victim = start(folder)
     wait_for_checkpoint(victim, folder, count=KEPT)
     # Still alive, so that a second trainer meets a first one.
@@ -63,9 +64,9 @@ def wreck(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def wreck_pair(tmp_path_factory) -> Path:
+def killed_pair(tmp_path_factory) -> Path:
     """A run of two processes, killed together with its launcher after a checkpoint."""
-    folder = prepare_folder(tmp_path_factory.mktemp("wreck_pair"))
+    folder = prepare_folder(tmp_path_factory.mktemp("killed_pair"))
     victim = start(folder, processes=2)
     wait_for_checkpoint(victim, folder)
     kill(victim)
@@ -74,24 +75,23 @@ def wreck_pair(tmp_path_factory) -> Path:
 
 
 @pytest.fixture
-def resumable(wreck, tmp_path) -> Path:
-    """A copy of the wreck to go on from."""
-    return shutil.copytree(wreck, tmp_path / "resumable")
+def resumable(killed, tmp_path) -> Path:
+    """A copy of the killed run."""
+    return shutil.copytree(killed, tmp_path / "resumable")
 
 
 def test_rows_and_files_of_a_run_are_complete(whole):
-    rows, evals = (read_table(whole / "plots" / "train" / f"{name}.csv") for name in ("train", "eval"))
-    config = load_parts(whole).config
-    headers = [(whole / f"plots/train/{name}.csv").read_text().split("\n")[0] for name in ("train", "eval")]
-    assert headers == [",".join(TABLES["train"]), ",".join(TABLES["eval"])]
+    tables = {name: whole / f"plots/train/{name}.csv" for name in ("train", "eval")}
+    for name, path in tables.items():
+        assert path.read_text().split("\n")[0] == ",".join(TABLES[name])
+    (rows, evals), config = map(read_table, tables.values()), load_parts(whole).config
     assert rows[:, 0].tolist() == list(range(1, STEPS + 1))
     assert rows[:, LR].tolist() == [lr_at(step, config) for step in range(STEPS)]
     assert evals[:, 0].tolist() == [0, 25, 50, 75, 100, STEPS]
     for table in (rows, evals):
         assert (table[:, 1] == table[:, 0] * config.tokens_per_step).all()
-    assert read_json(whole / "metrics" / "speed" / "train.json").keys() >= {
-        *("seconds", "peak_memory_gib", "tokens_per_s", "data_wait_percent", "processes"),
-    }
+    timed = {"seconds", "peak_memory_gib", "tokens_per_s", "data_wait_percent", "processes"}
+    assert read_json(whole / "metrics" / "speed" / "train.json").keys() >= timed
 
 
 def test_validation_is_that_of_the_untrained_and_of_the_saved_model(whole):
@@ -101,11 +101,6 @@ def test_validation_is_that_of_the_untrained_and_of_the_saved_model(whole):
     saved = load_model(whole / "models" / "gpt2")
     assert evals[-1, 2:].tolist() == list(parts.evaluation.measure(saved, LOCAL))
     assert evals[-1, 2] == mean_loss(saved, parts.evaluation.windows, parts.config.micro_batch) < evals[0, 2] - 1
-
-
-def test_the_resume_state_is_gone_after_success(whole, whole_pair):
-    for folder in (whole, whole_pair):
-        assert list((folder / ".scratch" / "train").iterdir()) == []
 
 
 def assert_same_up_to_rounding(first: Path, second: Path) -> None:
@@ -122,23 +117,21 @@ def assert_same_up_to_rounding(first: Path, second: Path) -> None:
 def test_two_processes_train_as_one(whole, whole_pair):
     assert_same_up_to_rounding(whole_pair, whole)
     assert read_json(whole_pair / "metrics" / "speed" / "train.json")["processes"] == 2
+    for folder in (whole, whole_pair):
+        assert list((folder / ".scratch" / "train").iterdir()) == []
 
 
 # Interruptions.
 
 
-def test_killed_and_resumed_equals_uninterrupted_even_with_rows_beyond_the_checkpoint(
-    whole, resumable, monkeypatch, caplog
-):
+def test_killed_and_resumed_equals_uninterrupted_even_with_rows_beyond_the_checkpoint(whole, resumable, resume):
     step = checkpoint_steps(resumable)[-1]
     # As if the kill had come just before the next checkpoint: whole rows and a torn one.
     with open(scratch_of(resumable) / "train.csv", "a") as rows:
         rows.write(f"{step + 1},1,2.5,0.5,0.5\n{step + 2},1,2.")
     with open(scratch_of(resumable) / "eval.csv", "a") as rows:
         rows.write(f"{step},1,2.5,0.5,0.5\n")
-    with caplog.at_level("INFO"):
-        train_here(resumable, monkeypatch)
-    assert f"resuming after step {step}" in caplog.text
+    assert resume(resumable) == step
     assert outcome(resumable) == outcome(whole)
     assert list((resumable / ".scratch" / "train").iterdir()) == []
 
@@ -156,87 +149,74 @@ def stop_after_resuming(folder: Path, processes: int) -> int:
     return code
 
 
-def test_stopped_by_sigterm_loses_no_step_and_resumes_to_the_same_result(whole, resumable, monkeypatch):
+def test_stopped_by_sigterm_loses_no_step_and_resumes_to_the_same_result(whole, resumable, resume):
     assert stop_after_resuming(resumable, processes=1) == 128 + signal.SIGTERM
     assert len(checkpoint_steps(resumable)) == KEPT
-    train_here(resumable, monkeypatch)
+    assert resume(resumable) > 0
     assert outcome(resumable) == outcome(whole)
 
 
-def test_two_processes_killed_then_stopped_then_resumed_equal_two_undisturbed(whole_pair, wreck_pair, tmp_path):
-    folder = shutil.copytree(wreck_pair, tmp_path / "resumable")
+def test_two_processes_killed_then_stopped_then_resumed_equal_two_undisturbed(whole_pair, killed_pair, tmp_path):
+    folder = shutil.copytree(killed_pair, tmp_path / "resumable")
     assert stop_after_resuming(folder, processes=2) != 0
     step = checkpoint_steps(folder)[-1]
-    log = finish(start(folder, processes=2), folder)
-    assert f"resuming after step {step}" in log
+    assert resumed_step(finish(start(folder, processes=2), folder)) == step
     assert outcome(folder) == outcome(whole_pair)
 
 
-def test_one_process_goes_on_where_two_were_killed(whole, wreck_pair, tmp_path, monkeypatch, caplog):
-    folder = shutil.copytree(wreck_pair, tmp_path / "resumable")
-    with caplog.at_level("INFO"):
-        train_here(folder, monkeypatch)
-    assert f"resuming after step {checkpoint_steps(wreck_pair)[-1]}" in caplog.text
+def test_one_process_resumes_the_run_of_two(whole, killed_pair, tmp_path, resume):
+    folder = shutil.copytree(killed_pair, tmp_path / "resumable")
+    assert resume(folder) == checkpoint_steps(killed_pair)[-1]
     assert_same_up_to_rounding(folder, whole)
 
 
-def test_a_damaged_newest_checkpoint_costs_steps_and_nothing_else(whole, resumable, monkeypatch, caplog):
-    before, newest = checkpoint_steps(resumable)[-2:]
-    path = scratch_of(resumable) / f"step_{newest:08d}.safetensors"
-    os.truncate(path, path.stat().st_size // 2)
-    with caplog.at_level("INFO"):
-        train_here(resumable, monkeypatch)
-    assert f"{path.name} is damaged" in caplog.text and f"resuming after step {before}" in caplog.text
+@pytest.mark.parametrize("damaged", [1, KEPT])
+def test_damaged_checkpoints_cost_steps_and_nothing_else(whole, resumable, resume, caplog, damaged):
+    intact = [0, *checkpoint_steps(resumable)[:-damaged]]
+    paths = sorted(scratch_of(resumable).glob("step_*"))[-damaged:]
+    for path in paths:
+        os.truncate(path, path.stat().st_size // 2)
+    assert resume(resumable) == intact[-1]
+    assert all(f"{path.name} is damaged" in caplog.text for path in paths)
     assert outcome(resumable) == outcome(whole)
 
 
-def test_with_all_checkpoints_damaged_the_run_starts_over(whole, resumable, monkeypatch, caplog):
-    for path in scratch_of(resumable).glob("step_*"):
-        path.write_bytes(b"")
-    with caplog.at_level("INFO"):
-        train_here(resumable, monkeypatch)
-    assert "resuming" not in caplog.text
-    assert outcome(resumable) == outcome(whole)
-
-
-def test_what_changes_the_cost_alone_resumes(whole, resumable, monkeypatch, caplog):
+def test_a_run_with_other_costs_alone_resumes(whole, resumable, resume):
     set_params(resumable, train={"micro_batch": 8, "checkpoint_interval": 3, "log_interval": 7})
     step = checkpoint_steps(resumable)[-1]
-    with caplog.at_level("INFO"):
-        train_here(resumable, monkeypatch)
-    assert f"resuming after step {step}" in caplog.text
+    assert resume(resumable) == step
     assert_same_up_to_rounding(resumable, whole)
 
 
-def test_another_configuration_starts_on_its_own_and_leaves_the_other_alone(resumable, monkeypatch, caplog):
+def test_another_configuration_starts_over_and_leaves_the_checkpoints_alone(resumable, resume):
     left, steps = scratch_of(resumable), checkpoint_steps(resumable)
     set_params(resumable, train={"max_lr": 4e-3})
-    with caplog.at_level("INFO"):
-        train_here(resumable, monkeypatch)
-    assert "resuming" not in caplog.text
+    assert resume(resumable) == 0
     config = load_parts(resumable).config
     rows = read_table(resumable / "plots" / "train" / "train.csv")
     assert rows[:, LR].tolist() == [lr_at(step, config) for step in range(STEPS)]
     assert scratch_of(resumable) == left and checkpoint_steps(resumable) == steps
 
 
-def test_a_second_trainer_is_refused(wreck):
-    refusal = (wreck / "refusal.txt").read_text()
-    assert refusal.startswith("train: another run of this configuration holds") and "wait for it or stop it" in refusal
+def test_a_second_trainer_is_refused(killed):
+    assert "another run of this configuration holds" in (killed / "refusal.txt").read_text()
 
 
 # One step.
 
 
+def make_stepper(run: Run) -> Stepper:
+    return Stepper(run.model, build_optimizer(run.model, run.config), run.config, run.order, LOCAL)
+
+
 def first_gradients(folder: Path, **changed) -> tuple[list[Tensor], float, float]:
     """Gradients of the first step as the optimizer would get them, the loss and the gradient norm."""
     set_params(folder, train={"grad_clip": 1e9, **changed})
-    parts = load_parts(folder)
-    stepper = Stepper(parts.model, build_optimizer(parts.model, parts.config), parts.config, parts.order, LOCAL)
+    stepper = make_stepper(run := load_parts(folder))
     loss, stopping = stepper.backward(0, TrainResult())
     assert not stopping
     grad_norm = stepper.clip()
-    return [parameter.grad for parameter in parts.model.parameters()], loss, grad_norm
+    return [parameter.grad for parameter in run.model.parameters()], loss, grad_norm
 
 
 @pytest.mark.parametrize("micro_batch", [1, 2, 8])
@@ -256,13 +236,14 @@ def test_accumulated_gradients_are_those_of_the_whole_batch(tmp_path, micro_batc
 
 def test_four_micro_batches_of_one_process_are_one_of_four(tmp_path):
     folder = prepare_folder(tmp_path)
-    gradients, told = [], []
-    for processes in (1, 4):
+    gradients, losses = [], []
+    for processes, accumulation in ((1, "4"), (4, "1")):
         log = finish(start(folder, processes, module="tests.first_gradients"), folder)
-        told.append(log.splitlines()[-1].split())
+        printed = log.splitlines()[-1].split()
+        assert printed[1] == accumulation
+        losses.append(float(printed[3]))
         gradients.append(load_file(folder / "gradients.safetensors"))
-    assert [words[1] for words in told] == ["4", "1"]
-    assert float(told[0][3]) == pytest.approx(float(told[1][3]), rel=1e-6)
+    assert losses[0] == pytest.approx(losses[1], rel=1e-6)
     one, four = gradients
     assert one.keys() == four.keys()
     for name, gradient in one.items():
@@ -279,9 +260,8 @@ def test_the_norm_is_recorded_before_clipping_and_applied_after(tmp_path):
         torch.testing.assert_close(small, large * (1e-3 / free_norm), rtol=1e-4, atol=1e-9)
 
 
-def fit_here(parts: Parts, scratch: Path) -> TrainResult:
-    scratch.mkdir(exist_ok=True)
-    return fit(parts.model, parts.config, parts.order, parts.evaluation, LOCAL, scratch)
+def fit_here(run: Run, scratch: Path) -> TrainResult:
+    return fit(run.model, run.config, run.order, run.evaluation, LOCAL, scratch)
 
 
 def checkpoint_names(scratch: Path) -> list[str]:
@@ -300,7 +280,7 @@ def test_a_loss_that_is_not_finite_changes_no_weight(tmp_path):
 
 def test_the_update_has_the_learning_rate_of_its_step(tmp_path):
     parts = load_parts(prepare_folder(tmp_path))
-    stepper = Stepper(parts.model, build_optimizer(parts.model, parts.config), parts.config, parts.order, LOCAL)
+    stepper = make_stepper(parts)
     before = parts.model.ln_f.bias.detach().clone()
     stepper.backward(4, TrainResult())
     stepper.update(4)
@@ -344,23 +324,25 @@ def test_a_run_resumed_twice_has_every_row_once(tmp_path):
 # Divergence is a result.
 
 
-@pytest.mark.parametrize(("max_lr", "finite"), [(3.0, True), (1e4, False)], ids=["explodes", "overflows"])
-def test_a_diverging_run_ends_well_and_says_so(tmp_path, monkeypatch, max_lr, finite):
-    prepare_folder(tmp_path, train={"max_lr": max_lr, "warmup_steps": 0, "eval_interval": 1, "eval_tokens": 64})
-    train_here(tmp_path, monkeypatch)
+@pytest.mark.parametrize(("max_lr", "eval_interval"), [(3.0, 1), (1e4, 1), (1e10, 10), (1e30, 10)])
+def test_a_diverging_run_ends_well_and_records_it(tmp_path, resume, max_lr, eval_interval):
+    changed = {"max_lr": max_lr, "warmup_steps": 0, "eval_interval": eval_interval, "eval_tokens": 64}
+    resume(prepare_folder(tmp_path, train=changed))
     figures = read_json(tmp_path / "metrics" / "train.json")
     rows, evals = (read_table(tmp_path / "plots" / "train" / f"{name}.csv") for name in ("train", "eval"))
     step = figures["diverged_at_step"]
-    assert (figures["diverged"], figures["steps"]) == (1, step) and 0 < step < STEPS
-    assert rows[:, 0].tolist() == list(range(1, step + 1)) and np.isfinite(rows).all()
-    assert evals[:, 0].tolist() == list(range(step + 1))
-    assert step >= 32 if finite else step < 32
-    # The saved weights are those of the last row, not of an update that no row tells of.
-    model, parts = load_model(tmp_path / "models" / "gpt2"), load_parts(tmp_path)
-    assert all(parameter.isfinite().all() for parameter in model.parameters())
-    saved_loss = mean_loss(model, parts.evaluation.windows, parts.config.micro_batch)
-    assert saved_loss == figures["val_loss"] == evals[-1, 2]
-    assert figures["stalled"] == 0 and math.isfinite(figures["val_perplexity"])
+    assert (figures["diverged"], figures["stalled"], figures["steps"]) == (1, 0, len(rows)) and 0 < step < STEPS
+    assert rows[:, 0].tolist() == list(range(1, len(rows) + 1)) and np.isfinite(rows).all()
+    if eval_interval == 1:
+        # The lower rate explodes, which takes a window of losses; the higher one overflows.
+        assert len(rows) == step and (step >= 32) == (max_lr < 1e4)
+        assert evals[:, 0].tolist() == list(range(step + 1))
+    # The saved weights are those of the last row, not of an update without a row.
+    saved, run = load_model(tmp_path / "models" / "gpt2"), load_parts(tmp_path)
+    assert all(parameter.isfinite().all() for parameter in saved.parameters())
+    saved_loss = mean_loss(saved, run.evaluation.windows, run.config.micro_batch)
+    assert (figures["model_steps"], figures["val_loss"], saved_loss) == (*evals[-1, [0, 2]], evals[-1, 2])
+    assert math.isfinite(saved_loss) and math.isfinite(figures["val_perplexity"])
     assert list((tmp_path / ".scratch" / "train").iterdir()) == []
 
 
@@ -385,18 +367,6 @@ def test_weights_without_a_finite_validation_give_way_to_the_last_that_had_one(t
     assert all(torch.equal(tensor, kept[name]) for name, tensor in parts.model.state_dict().items())
 
 
-@pytest.mark.parametrize("max_lr", [1e10, 1e30])
-def test_no_learning_rate_is_too_high_for_a_result(tmp_path, monkeypatch, max_lr):
-    prepare_folder(tmp_path, train={"max_lr": max_lr, "warmup_steps": 0, "eval_interval": 10})
-    train_here(tmp_path, monkeypatch)
-    figures = read_json(tmp_path / "metrics" / "train.json")
-    assert (figures["diverged"], math.isfinite(figures["val_loss"])) == (1, True)
-    assert figures["model_steps"] == read_table(tmp_path / "plots" / "train" / "eval.csv")[-1, 0]
-    saved = load_model(tmp_path / "models" / "gpt2")
-    parts = load_parts(tmp_path)
-    assert mean_loss(saved, parts.evaluation.windows, parts.config.micro_batch) == figures["val_loss"]
-
-
 def test_a_resumed_run_diverges_where_the_first_did(tmp_path):
     prepare_folder(tmp_path, train={"max_lr": 3.0, "warmup_steps": 0})
     first = fit_here(load_parts(tmp_path), tmp_path)
@@ -413,31 +383,22 @@ def test_a_resumed_run_diverges_where_the_first_did(tmp_path):
 
 
 @pytest.mark.parametrize(
-    ("changed", "message"),
+    ("changed", "named"),
     [
-        (
-            {"tokens_per_step": 100},
-            r"train\.tokens_per_step = 100 must be a multiple of 32 \(model\.block_size × train\.micro_batch × "
-            r"processes = 16 × 2 × 1\); nearest values: 96, 128$",
-        ),
-        (
-            {"tokens_per_step": 112},
-            r"train\.tokens_per_step = 112 must be a multiple of 32 \(model\.block_size × train\.micro_batch × "
-            r"processes = 16 × 2 × 1\); nearest values: 96, 128$",
-        ),
-        ({"tokens_per_step": 16}, r"tokens_per_step = 16 must be a multiple of 32 .* nearest values: 32$"),
-        (
-            {"tokens_per_step": 16384},
-            r"data/tokens/train has 8008 tokens, too few for one batch of 16384 \+ 1; lower train\.tokens_per_step",
-        ),
+        ({"tokens_per_step": 100}, r"train\.tokens_per_step = 100 .* 32 \(.*16 × 2 × 1\); nearest values: 96, 128$"),
+        ({"tokens_per_step": 16384}, r"data/tokens/train has 8008 tokens, .* 16384 \+ 1; lower train\.tokens_per_step"),
         ({"eval_tokens": 5000}, r"data/tokens/val has 4004 tokens; 4993 are needed for 5000"),
-        ({"warmup_steps": 120}, r"warmup_steps=120 must be less than max_steps=120"),
+        ({"warmup_steps": 120}, r"warmup_steps=120 .* max_steps=120"),
         ({"micro_batch": 0}, r"tiny\.train\.micro_batch = 0"),
+        ({"max_steps": 20, "epochs": 1.0}, r"max_steps=20 and epochs=1\.0: give one"),
+        ({"max_steps": None, "epochs": None}, r"max_steps=None and epochs=None: give one"),
+        ({"max_steps": None, "epochs": 0.0}, r"tiny\.train\.epochs = 0"),
+        ({"max_steps": None, "epochs": 0.1}, r"train\.warmup_steps = 10 .* 6 steps of train\.epochs = 0\.1; shorten"),
     ],
 )
-def test_what_cannot_work_is_refused_before_any_work(tmp_path, monkeypatch, caplog, changed, message):
+def test_wrong_parameters_are_refused_before_any_work(tmp_path, monkeypatch, caplog, changed, named):
     prepare_folder(tmp_path, train=changed)
-    with caplog.at_level("INFO"), pytest.raises(SystemExit, match=rf"^train: .*{message}"):
+    with caplog.at_level("INFO"), pytest.raises(SystemExit, match=rf"^train: .*{named}"):
         train_here(tmp_path, monkeypatch)
     # Not even the first validation.
     assert "val loss" not in caplog.text
@@ -448,44 +409,23 @@ def test_accumulation_follows_from_the_tokens_of_a_step():
     config = params.build(TrainConfig, {**SECTIONS["train"], "tokens_per_step": 768, "micro_batch": 4}, "tiny.train")
     assert config.batch_windows(16) == 48
     assert [config.accumulation(16, processes) for processes in (1, 2, 3, 12)] == [12, 6, 4, 1]
-    with pytest.raises(UserError, match=r"= 16 × 4 × 5\); nearest values: 640, 960$"):
-        config.accumulation(16, 5)
+    for processes, near in ((5, "640, 960"), (13, "832")):
+        with pytest.raises(UserError, match=rf"= 16 × 4 × {processes}\); nearest values: {near}$"):
+            config.accumulation(16, processes)
 
 
 # The length of a run.
 
 
-def test_epochs_and_steps_are_two_names_of_one_length(tmp_path, monkeypatch, caplog):
+def test_epochs_and_steps_are_two_names_of_one_length(tmp_path, resume, caplog):
     # 500 windows in steps of 8: half an epoch is 31 steps.
     outcomes = []
     for name, length in (("epochs", {"max_steps": None, "epochs": 0.5}), ("steps", {"max_steps": 31, "epochs": None})):
-        folder = prepare_folder(tmp_path / name, train=length)
-        with caplog.at_level("INFO"):
-            train_here(folder, monkeypatch)
+        resume(prepare_folder(tmp_path / name, train=length))
         assert "31 steps of 128 tokens, which are 0.50 epochs of 500 windows of 16 tokens" in caplog.text
-        caplog.clear()
-        outcomes.append(outcome(folder))
+        outcomes.append(outcome(tmp_path / name))
     assert outcomes[0] == outcomes[1]
     assert read_json(tmp_path / "epochs" / "metrics" / "train.json")["epochs"] == pytest.approx(0.496)
-
-
-@pytest.mark.parametrize(
-    ("length", "message"),
-    [
-        ({"max_steps": 20, "epochs": 1.0}, r"max_steps=20 and epochs=1\.0: give one and set the other to null"),
-        ({"max_steps": None, "epochs": None}, r"max_steps=None and epochs=None: give one"),
-        ({"max_steps": None, "epochs": 0.0}, r"tiny\.train\.epochs = 0"),
-        (
-            {"max_steps": None, "epochs": 0.1},
-            r"train\.warmup_steps = 10 must be less than the 6 steps of train\.epochs = 0\.1; shorten the warm-up",
-        ),
-    ],
-)
-def test_a_length_that_is_none_is_refused(tmp_path, monkeypatch, length, message):
-    prepare_folder(tmp_path, train=length)
-    with pytest.raises(SystemExit, match=message):
-        train_here(tmp_path, monkeypatch)
-    assert not (tmp_path / "metrics").exists()
 
 
 def test_deterministic_changes_nothing_on_a_cpu(whole, tmp_path):
