@@ -1,11 +1,8 @@
-"""Checkpoints: complete, whole or absent, found by the run that wrote them and by no other."""
+"""Checkpoints: complete, atomic, found by the run that wrote them and by no other."""
 
 import errno
 import json
 import logging
-import resource
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -18,13 +15,7 @@ from gpt2.model.dist import Dist
 from gpt2.model.gpt import GPT
 from gpt2.pipeline.files import UserError
 from gpt2.train import checkpoint
-from gpt2.train.checkpoint import (
-    KEPT,
-    read_checkpoints,
-    require_agreement,
-    restore,
-    save_checkpoint,
-)
+from gpt2.train.checkpoint import KEPT, read_checkpoints, require_agreement, restore, save_checkpoint
 from gpt2.train.optim import OptimConfig, build_optimizer
 from tests.training_run import ADAM, SHAPE
 
@@ -78,22 +69,22 @@ def files_in(folder: Path) -> list[str]:
     ("optimizer", "held"),
     [("adamw", {"step", "exp_avg", "exp_avg_sq"}), ("muon", {"step", "exp_avg", "exp_avg_sq", "momentum_buffer"})],
 )
-def test_weights_and_optimizer_come_back_exactly_and_training_goes_on_as_if_never_stopped(tmp_path, optimizer, held):
+def test_weights_and_optimizer_are_restored_exactly_and_training_continues_as_if_never_stopped(
+    tmp_path, optimizer, held
+):
     first = Trainer(optimizer=optimizer).train(0, 1, 2)
     first.save(tmp_path, 3)
     second = Trainer(seed=5, optimizer=optimizer)
     assert second.load(tmp_path) == {"step": 3, "log_bytes": {"train.csv": 30}}
     assert_same(second.tensors(), first.tensors())
-    kinds = {name.split("/")[1] for name in first.tensors() if "/" in name}
-    assert kinds == held
+    assert {name.split("/")[1] for name in first.tensors() if "/" in name} == held
     assert_same(second.train(3, 4).tensors(), first.train(3, 4).tensors())
 
 
 def test_a_folder_without_checkpoints_changes_nothing(tmp_path):
-    trainer = Trainer()
-    before = trainer.tensors()
+    trainer, untouched = Trainer(), Trainer()
     assert trainer.load(tmp_path) is None and trainer.load(tmp_path / "absent") is None
-    assert_same(trainer.tensors(), before)
+    assert_same(trainer.tensors(), untouched.tensors())
 
 
 def test_only_the_newest_are_kept(tmp_path):
@@ -136,15 +127,15 @@ def test_a_damaged_file_gives_way_to_the_one_before(tmp_path, caplog, damage):
     good = trainer.tensors()
     trainer.train(1).save(tmp_path, 2)
     newest = tmp_path / "step_00000002.safetensors"
-    damaged = damage(whole := newest.read_bytes())
+    whole = newest.read_bytes()
+    newest.write_bytes(damaged := damage(whole))
     assert damaged != whole
-    newest.write_bytes(damaged)
     resumed = Trainer(seed=5)
-    with caplog.at_level(logging.WARNING):
-        assert resumed.load(tmp_path)["step"] == 1
+    assert resumed.load(tmp_path)["step"] == 1
     assert_same(resumed.tensors(), good)
-    (record,) = caplog.records
-    assert str(newest) in record.getMessage() and "is damaged" in record.getMessage()
+    assert [(record.levelno, str(newest) in record.getMessage()) for record in caplog.records] == [
+        (logging.WARNING, True)
+    ]
 
 
 def test_all_damaged_starts_over_and_the_new_run_keeps_its_own_checkpoints(tmp_path, caplog):
@@ -167,39 +158,17 @@ def test_all_damaged_starts_over_and_the_new_run_keeps_its_own_checkpoints(tmp_p
     assert_same(resumed.tensors(), fresh.tensors())
 
 
-@contextmanager
-def full_disk(monkeypatch) -> Iterator[None]:
-    """No file of this process may grow beyond a few pages."""
-    limit, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, hard))
-    try:
-        yield
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
-
-
-@contextmanager
-def half_written(monkeypatch) -> Iterator[None]:
-    """The writer gives up in the middle of the file; safetensors itself may or may not clean up after itself."""
-
+def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_temporary_file(tmp_path, monkeypatch):
     def write_half(tensors, path, metadata):
         Path(path).write_bytes(bytes(1000))
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    with monkeypatch.context() as patch:
-        patch.setattr(checkpoint, "save_file", write_half)
-        yield
-
-
-@pytest.mark.parametrize("failing", [full_disk, half_written])
-def test_a_write_that_fails_leaves_the_old_checkpoint_and_no_temporary_file(tmp_path, monkeypatch, failing):
     trainer = Trainer().train(0)
     trainer.save(tmp_path, 1)
     before = trainer.tensors()
-    trainer.train(1)
-    message = r"step_00000002\.safetensors cannot be written \(.*\); it needs 0\.00 GiB: make room and run dvc repro"
-    with failing(monkeypatch), pytest.raises(UserError, match=message):
-        trainer.save(tmp_path, 2)
+    monkeypatch.setattr(checkpoint, "save_file", write_half)
+    with pytest.raises(UserError, match=r"step_00000002\.safetensors .*No space left.* 0\.00 GiB: make room"):
+        trainer.train(1).save(tmp_path, 2)
     assert files_in(tmp_path) == ["step_00000001.safetensors"]
     resumed = Trainer(seed=5)
     assert resumed.load(tmp_path)["step"] == 1
@@ -216,5 +185,5 @@ class Second(Dist):
 def test_machines_that_would_train_different_runs_are_refused():
     second = Second(1, 0, 2, torch.device("cpu"))
     require_agreement(Path(".scratch/train/abc"), second)
-    with pytest.raises(UserError, match=r"rank 1 has run def, the main process abc: parameters, data/tokens or code"):
+    with pytest.raises(UserError, match="rank 1 has run def, the main process abc"):
         require_agreement(Path(".scratch/train/def"), second)
