@@ -28,8 +28,6 @@ from scipy import stats
 from torch import Tensor
 
 from gpt2.data.order import sample_windows
-from gpt2.model.config import GPTConfig, ModelShape
-from gpt2.model.dist import Precision
 from gpt2.model.flops import training_flops_per_token
 from gpt2.model.gpt import GPT
 from gpt2.pipeline.files import UserError
@@ -38,8 +36,7 @@ from gpt2.tokenizer.encodings import GPT2
 from gpt2.tokenizer_study.held_out import HeldOut, encode_held_out, score_even, score_held_out
 from gpt2.tokenizer_study.study import count_bytes
 from gpt2.tokenizer_study.words import GROUPS
-from gpt2.train.optim import AdamConfig, OptimConfig
-from gpt2.train.short_runs import run_each, train_windows
+from gpt2.train.short_runs import ShortRunConfig, run_each, train_windows
 
 # What is judged: all of the text, and the words of each group.
 PARTS = ("", *(f"{group}_" for group in GROUPS))
@@ -54,8 +51,8 @@ CONFIDENCE = 0.95
 FIT_SIZES = 2
 
 
-class VocabularyRunsConfig(ModelShape, AdamConfig):
-    """Section `vocabulary_runs`: its own, small model and optimizer, the same for every vocabulary."""
+class VocabularyRunsConfig(ShortRunConfig):
+    """Section `vocabulary_runs`: model and optimizer are the same for every vocabulary."""
 
     # Training FLOPs of one run; every vocabulary is trained with each budget and seed.
     budgets: tuple[PositiveFloat, ...] = Field(min_length=1)
@@ -63,13 +60,8 @@ class VocabularyRunsConfig(ModelShape, AdamConfig):
     # Learning rates to choose from, for each budget and vocabulary, by the first `search_seeds` seeds.
     max_lrs: tuple[PositiveFloat, ...] = Field(min_length=1)
     search_seeds: PositiveInt
-    # The final learning rate as a fraction of the largest, and the warm-up as a fraction of the steps.
-    min_lr_fraction: float = Field(ge=0, le=1)
+    # The warm-up as a fraction of the steps.
     warmup_fraction: float = Field(ge=0, lt=1)
-    # Windows of one step, and at most of one forward pass.
-    batch_windows: PositiveInt
-    micro_batch: PositiveInt
-    precision: Precision
     # Approximate bytes of the training text, and of each of the validation and the test text: every n-th document.
     text_bytes: PositiveInt
     eval_bytes: PositiveInt
@@ -184,18 +176,10 @@ def train_vocabulary_run(
     Bits per byte are of the test split and infinite if the run diverged; `even` ones are of guessing all tokens alike.
     Raises UserError if the budget pays for less than MIN_STEPS.
     """
-    values = config.model_dump()
-    shape = {key: values[key] for key in ModelShape.model_fields}
     steps, step_flops = count_steps(setting.budget, config, text.vocab_size)
     tokens = steps * config.batch_windows * config.block_size
-    schedule = OptimConfig(
-        **{key: values[key] for key in AdamConfig.model_fields},
-        max_steps=steps,
-        max_lr=setting.max_lr,
-        min_lr=setting.max_lr * config.min_lr_fraction,
-        warmup_steps=int(config.warmup_fraction * steps),
-    )
-    model = GPT(GPTConfig(**shape, vocab_size=text.vocab_size, norm="preln"), setting.seed).to(device)
+    schedule = config.schedule(steps, setting.max_lr, int(config.warmup_fraction * steps))
+    model = GPT(config.shape(text.vocab_size, "preln"), setting.seed).to(device)
     windows = paired_windows(text, steps * config.batch_windows, config.block_size, setting.seed)
     order = np.arange(len(windows)).reshape(steps, -1)
     curve = train_windows(model, schedule, windows, order, config.micro_batch, config.precision)
