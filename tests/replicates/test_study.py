@@ -81,7 +81,7 @@ def test_only_figures_that_all_models_have_are_columns(models):
 
 
 def test_seeds_must_differ():
-    with pytest.raises(ValueError, match="seeds\n.* twice"):
+    with pytest.raises(ValueError, match=r"seeds\n.* twice"):
         ReplicatesConfig(seeds=(1, 2, 1))
 
 

@@ -1,4 +1,4 @@
-"""Rows of a run: written, cut to what a checkpoint knows of, and refused if they are no longer there."""
+"""Rows of a run: written, cut to the sizes in a checkpoint, and refused if they are damaged."""
 
 import pytest
 
@@ -19,12 +19,12 @@ def write(folder, sizes=None) -> dict[str, int]:
         return files.sync()
 
 
-def test_rows_come_back_to_the_bit(tmp_path):
+def test_rows_are_read_back_to_the_bit(tmp_path):
     assert read_rows(tmp_path, write(tmp_path)) == ROWS
     assert all(len(row) == len(TABLES[table]) for table, rows in ROWS.items() for row in rows)
 
 
-def test_files_are_cut_to_the_given_sizes_and_go_on_from_there(tmp_path):
+def test_files_are_cut_to_the_given_sizes_and_appended_to(tmp_path):
     sizes = write(tmp_path)
     write(tmp_path, sizes)
     assert read_rows(tmp_path, sizes) == ROWS
@@ -34,7 +34,7 @@ def test_files_are_cut_to_the_given_sizes_and_go_on_from_there(tmp_path):
 
 
 @pytest.mark.parametrize("damage", ["gone", "short", "torn"])
-def test_rows_that_are_not_there_as_they_were_are_refused(tmp_path, damage):
+def test_damaged_rows_are_refused(tmp_path, damage):
     sizes = write(tmp_path)
     path = tmp_path / "train.csv"
     content = path.read_text()

@@ -1,4 +1,4 @@
-"""Norms by layer are those that one computes by hand from the gradients and the residual stream."""
+"""Norms by layer equal those computed by hand from the gradients and the residual stream."""
 
 import pytest
 import torch
@@ -6,8 +6,9 @@ import torch
 from gpt2.train.layer_norms import activation_norms, gradient_norms
 from tests.analysed import make_model, make_windows
 
+pytestmark = pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
 
-@pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
+
 def test_gradient_norms_cover_embeddings_and_blocks(norm):
     model, windows = make_model(norm), make_windows(2)
     model(windows[:, :-1], windows[:, 1:]).backward()
@@ -22,7 +23,6 @@ def test_gradient_norms_cover_embeddings_and_blocks(norm):
     assert squares == pytest.approx(total, rel=1e-5)
 
 
-@pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
 def test_activation_norms_are_those_of_the_residual_stream(norm):
     model, idx = make_model(norm), make_windows(3)[:, :-1]
     norms = activation_norms(model, idx)

@@ -1,4 +1,4 @@
-"""Two machines train as one, and one may die and come back: the results are those of a single machine, bit for bit."""
+"""Two machines train as one, and one may die and return: the results are those of a single machine, bit for bit."""
 
 import os
 import shutil
@@ -15,14 +15,7 @@ from gpt2.pipeline.params import read
 from tests.closure import ROOT
 from tests.declared import STAGES
 from tests.hosts import Host, joined_hosts
-from tests.training_run import (
-    checkpoint_steps,
-    finish,
-    kill,
-    outcome,
-    prepare_folder,
-    wait_for_checkpoint,
-)
+from tests.training_run import checkpoint_steps, finish, kill, outcome, prepare_folder, wait_for_checkpoint
 
 COMMAND = STAGES["train"]["cmd"]
 SLURM_SCRIPT = ROOT / "docs" / "train.slurm"
@@ -30,19 +23,19 @@ SLURM_SCRIPT = ROOT / "docs" / "train.slurm"
 
 @pytest.fixture
 def one_machine(whole_pair) -> dict[str, bytes]:
-    """What two processes on one machine make."""
+    """The results of two processes on one machine."""
     return outcome(whole_pair)
 
 
 @pytest.fixture
 def hosts(tmp_path) -> Iterator[tuple[Host, Host]]:
-    """Two machines; whatever still runs on them at the end is killed."""
+    """Two machines; processes still running on them at the end are killed."""
     with joined_hosts(tmp_path) as pair:
         yield pair
 
 
 def make_environment(temporary: Path) -> dict[str, str]:
-    """What a shell has in which the project's environment is activated."""
+    """The variables of a shell in which the project's environment is activated."""
     env = {key: value for key, value in os.environ.items() if not key.startswith("DVC_")}
     env |= {"PATH": f"{Path(sys.executable).parent}:{env['PATH']}", "OMP_NUM_THREADS": "1", "TMPDIR": str(temporary)}
     own = {key: str(temporary / "dvc") for key in ("DVC_SITE_CACHE_DIR", "DVC_GLOBAL_CONFIG_DIR")}
@@ -74,7 +67,7 @@ class Cluster:
         return finish(process, self.folders[host.name])
 
     def outcome(self) -> dict[str, bytes]:
-        """The results, which lie on the keeper alone, as does the resume state."""
+        """The results, which only the keeper has, like the resume state."""
         assert {path.name for path in self.folders[self.helper.name].iterdir()} == {"data", "params.yaml", "log.txt"}
         return outcome(self.folders[self.keeper.name])
 
@@ -86,7 +79,7 @@ def test_two_machines_train_as_one(one_machine, hosts, tmp_path):
     assert cluster.outcome() == one_machine
 
 
-def test_a_machine_that_dies_and_comes_back_changes_no_bit(one_machine, hosts, tmp_path):
+def test_a_machine_that_dies_and_returns_changes_no_bit(one_machine, hosts, tmp_path):
     cluster = Cluster(hosts, tmp_path)
     survivor, victim = cluster.start(cluster.keeper), cluster.start(cluster.helper)
     wait_for_checkpoint(survivor, cluster.folders[cluster.keeper.name])
@@ -142,7 +135,7 @@ class Batch:
         return self.first.start(f"exec bash {SLURM_SCRIPT}", self.folder, self.env)
 
 
-def test_the_slurm_script_saves_at_a_signal_and_goes_on_when_requeued(one_machine, hosts, tmp_path):
+def test_the_slurm_script_saves_at_a_signal_and_resumes_when_requeued(one_machine, hosts, tmp_path):
     batch = Batch(hosts, tmp_path)
     job = batch.submit()
     wait_for_checkpoint(job, batch.folder)
