@@ -98,6 +98,6 @@ def run_stage() -> None:
             load_weights(stage, run, run.config.init_from)
             return
         scratch = train_from_scratch(stage, run)
-    # Only now: the stage may still have refused its result, and a second try goes on from here.
+    # Only now: the stage may still have refused its result, and a second try resumes from here.
     if dist.is_main:
         drop(scratch)
