@@ -151,7 +151,9 @@ def train_norm_run(
     max_steps if the validation was the first to see it.
     """
     arm, shape = config.arms[setting.arm], config.shape(config.vocab_size, setting.norm)
-    schedule = config.schedule(config.max_steps, setting.max_lr, setting.warmup_steps, arm.optimizer)
+    schedule = config.schedule(
+        setting.max_lr, optimizer=arm.optimizer, max_steps=config.max_steps, warmup_steps=setting.warmup_steps
+    )
     model = GPT(shape, setting.seed, tied=arm.tied, init_std=config.init_std).to(device)
     order = order_windows(len(data.train), config.max_steps, config.batch_windows, setting.seed)
     curve = train_windows(model, schedule, data.train, order, config.micro_batch, config.precision)

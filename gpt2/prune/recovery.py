@@ -8,7 +8,7 @@ import torch
 from gpt2.data.order import TrainOrder
 from gpt2.model.gpt import GPT
 from gpt2.pipeline.files import UserError
-from gpt2.train.optim import OptimConfig
+from gpt2.train.optim import AdamConfig, OptimConfig
 from gpt2.train.short_runs import train_windows
 
 
@@ -21,16 +21,8 @@ def recover(model: GPT, order: TrainOrder, steps: int, max_lr: float) -> GPT:
     recovered = copy.deepcopy(model)
     if not steps:
         return recovered
-    config = OptimConfig(
-        beta1=0.9,
-        beta2=0.95,
-        weight_decay=0.1,
-        grad_clip=1.0,
-        max_steps=steps,
-        max_lr=max_lr,
-        min_lr=max_lr / 10,
-        warmup_steps=steps // 10,
-    )
+    adam = AdamConfig(beta1=0.9, beta2=0.95, weight_decay=0.1, grad_clip=1.0).model_dump()
+    config = OptimConfig(**adam, max_steps=steps, max_lr=max_lr, min_lr=max_lr / 10, warmup_steps=steps // 10)
     idx, targets = order.batch(0, 0, steps * order.batch_windows)
     windows, numbers = torch.cat([idx, targets[:, -1:]], 1), np.arange(len(idx)).reshape(steps, -1)
     curve = train_windows(recovered.train(), config, windows, numbers, order.batch_windows, "float32")

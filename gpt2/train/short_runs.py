@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from typing import Annotated, Any, Literal, TypeVar
+from typing import Annotated, Any, TypeVar
 
 import numpy as np
 import torch
@@ -47,18 +47,10 @@ class ShortRunConfig(ModelShape, AdamConfig):
         """The shape of a model."""
         return GPTConfig(**self.model_dump(include={*ModelShape.model_fields}), vocab_size=vocab_size, norm=norm)
 
-    def schedule(
-        self, max_steps: int, max_lr: float, warmup_steps: int, optimizer: Literal["adamw", "muon"] = "adamw"
-    ) -> OptimConfig:
-        """Optimizer and schedule of a run."""
-        return OptimConfig(
-            **self.model_dump(include={*AdamConfig.model_fields}),
-            optimizer=optimizer,
-            max_steps=max_steps,
-            max_lr=max_lr,
-            min_lr=max_lr * self.min_lr_fraction,
-            warmup_steps=warmup_steps,
-        )
+    def schedule(self, max_lr: float, **given: Any) -> OptimConfig:
+        """Optimizer and schedule of a run; `given` are the other fields of OptimConfig."""
+        adam = self.model_dump(include={*AdamConfig.model_fields})
+        return OptimConfig(**adam, max_lr=max_lr, min_lr=max_lr * self.min_lr_fraction, **given)
 
 
 @dataclass(frozen=True)
