@@ -178,7 +178,7 @@ def train_vocabulary_run(
     """
     steps, step_flops = count_steps(setting.budget, config, text.vocab_size)
     tokens = steps * config.batch_windows * config.block_size
-    schedule = config.schedule(steps, setting.max_lr, int(config.warmup_fraction * steps))
+    schedule = config.schedule(setting.max_lr, max_steps=steps, warmup_steps=int(config.warmup_fraction * steps))
     model = GPT(config.shape(text.vocab_size, "preln"), setting.seed).to(device)
     windows = paired_windows(text, steps * config.batch_windows, config.block_size, setting.seed)
     order = np.arange(len(windows)).reshape(steps, -1)
