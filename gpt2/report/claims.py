@@ -1,33 +1,62 @@
-"""The claims of the reference and of this project as data: a sentence, its rule, and the function that tests it."""
+"""The checks of the claims in claims.csv.j2: from the figures of a run, and of all its models, to a verdict.
 
-from collections.abc import Callable
+Each check returns a verdict by a rule of verdicts.py, and what was measured as text, which names a single model.
+"""
+
+import csv
+import math
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Literal
 
-from gpt2.report import measures
-from gpt2.report.markdown import number
-from gpt2.report.names import CRITERIA, WORD_GROUPS
+import numpy as np
+import pandas as pd
+
+from gpt2.report import verdicts
+from gpt2.report.markdown import load_template, number, write_spread
+from gpt2.report.names import GPT2_VOCABULARY, MAIN_ARM, SIMILARITIES, pruning_prefix
 from gpt2.report.results import Results
-from gpt2.report.verdicts import SIGNIFICANCE, Finding, Verdict
+from gpt2.report.tables import load_vocabularies
+from gpt2.report.verdicts import SIGNIFICANCE, Verdict, of_fact, of_margins
+
+REFERENCE_PARAMS = 124_439_808
+REFERENCE_STEPS = 95_365
+REFERENCE_TOKENS_PER_STEP = 524_288
+REFERENCE_GPU_HOURS = 2 * 46
+# Of OpenAI's weights on the validation shard of FineWeb-Edu (build-nanogpt).
+REFERENCE_VAL_LOSS = 3.2924
+# Of the perplexity, without 15 % of the heads.
+MAX_RISE_PERCENT = 5
+# A training has levelled off if the validation loss falls by less than this over the last fifth of the steps.
+MAX_LATE_FALL_PERCENT = 1
+# The largest gradient norm of a smooth run, where gradients are clipped at 1.
+MAX_GRAD_NORM = 100
+# Fewer similar pairs do not show in which layers they are.
+MIN_PAIRS = 20
+# A repair has to remove this many times the heads that the criterion removes alone.
+REPAIR_GAIN = 2
+# One of four endings is right.
+HELLASWAG_CHANCE = 0.25
+# Attention kernels that never hold a T x T matrix of scores.
+FUSED_ATTENTION = ("flash", "cudnn", "efficient")
+SCALES = ("tiny", "short", "full")
+ON_MODELS = "95 % t interval over models"
+
+Finding = tuple[Verdict, str]
+Check = Callable[[Results], Finding]
 
 
 @dataclass(frozen=True)
 class Claim:
-    """A sentence and its test.
-
-    `key` names it in metrics/summary.json. `rule` names the figures and the bound, `check` measures and applies it.
-    `scales` are those whose size and corpus let the rule be tested. `study` is the section of the report that discusses
-    it (`run`: none). `of_training` says that only weights that were trained in this run can test it.
-    """
+    """A sentence, the rule that decides it, and the check that applies the rule. claims.csv.j2 explains the fields."""
 
     key: str
-    study: Literal["run", "training", "norms", "vocabularies", "heads", "pruning"]
+    study: str
     sentence: str
     rule: str
-    check: Callable[[Results], Finding]
-    scales: tuple[str, ...] = ("tiny", "short", "full")
-    of_training: bool = False
+    check: Check
+    scales: Sequence[str]
+    of_training: bool
 
 
 @dataclass(frozen=True)
@@ -53,250 +82,354 @@ def judge(claim: Claim, results: Results) -> Row:
     return Row(claim, measured, verdict)
 
 
-ON_MODELS = "95 % t interval over models"
-CLAIMS = (
-    Claim(
-        "parameters",
-        "run",
-        "GPT-2 with 124M parameters",
-        f"`train.n_params` = {number(measures.REFERENCE_PARAMS)}",
-        measures.measure_parameters,
-        scales=("short", "full"),
-    ),
-    Claim(
-        "corpus",
-        "run",
-        "Trained on FineWeb-Edu-10B",
-        "`tokens.tokens_train` ≥ 9.5 billion, of FineWeb-Edu",
-        measures.measure_corpus,
-        scales=("full",),
-        of_training=True,
-    ),
-    Claim(
-        "split",
-        "run",
-        "About 98 % of the documents train, 1 % validate",
-        "`prepare.documents_*`: 97 to 99 % and 0.5 to 1.5 %",
-        measures.measure_split,
-    ),
-    Claim(
-        "held_out",
-        "run",
-        "HellaSwag is held out of training",
-        "`tokens.benchmark_items_in_train` = 0",
-        measures.measure_held_out,
-        of_training=True,
-    ),
-    Claim(
-        "steps",
-        "run",
-        "95,365 steps of 0.5M tokens, about 5 epochs",
-        f"`train.steps` ≥ {number(measures.REFERENCE_STEPS)}, `train.tokens_per_step` = "
-        f"{number(measures.REFERENCE_TOKENS_PER_STEP)}",
-        measures.measure_steps,
-        scales=("full",),
-        of_training=True,
-    ),
-    Claim(
-        "learns",
-        "training",
-        "The model learns more than the frequencies of tokens",
-        f"`train.unigram_entropy` − `train.val_loss` > 0: {ON_MODELS}",
-        measures.measure_learning,
-        of_training=True,
-    ),
-    Claim(
-        "converges",
-        "training",
-        "The training converges",
-        f"`train.val_loss_late_fall_percent` < {measures.MAX_LATE_FALL_PERCENT}: {ON_MODELS}; no model `stalled` or "
-        "`diverged`",
-        measures.measure_convergence,
-        of_training=True,
-    ),
-    Claim(
-        "reproduces",
-        "run",
-        "Reproduces GPT-2 124M",
-        f"`train.val_loss` < {measures.REFERENCE_VAL_LOSS}, that of OpenAI's weights: {ON_MODELS}",
-        measures.measure_validation_loss,
-        scales=("full",),
-        of_training=True,
-    ),
-    Claim(
-        "hellaswag_rises",
-        "training",
-        "HellaSwag accuracy rises along training",
-        "`train.hellaswag_acc_norm` − `train.hellaswag_first_acc_norm` − 2 standard errors > 0, rank correlation with "
-        f"the step > 0: {ON_MODELS}",
-        measures.measure_rising,
-        of_training=True,
-    ),
-    Claim(
-        "hellaswag_above_chance",
-        "training",
-        "HellaSwag accuracy ends above chance",
-        f"`hellaswag.completion_acc_norm` − 25 % − 3 standard errors over documents > 0: {ON_MODELS}",
-        measures.measure_above_chance,
-    ),
-    Claim(
-        "shuffling",
-        "run",
-        "The windows are shuffled anew in each epoch",
-        "`train.windows_in_same_place` ≤ 10 (chance leaves 1 in its place)",
-        measures.measure_shuffling,
-        of_training=True,
-    ),
-    Claim(
-        "flash_attention",
-        "run",
-        "FlashAttention",
-        f"`train.attention_backend` begins with {', '.join(measures.FUSED_ATTENTION)}",
-        measures.measure_attention,
-    ),
-    Claim(
-        "preln_smooth",
-        "norms",
-        "Pre-LN trains smoothly",
-        "preln in norm_study/runs.csv, main arm: passed if no run spikes, diverges, stalls or has a gradient norm "
-        f"above {measures.MAX_GRAD_NORM}; failed if more than 10 % do by the exact 95 % interval",
-        measures.measure_smoothness,
-    ),
-    Claim(
-        "postln_rough",
-        "norms",
-        "Post-LN spikes or diverges more often than Pre-LN",
-        f"one-sided Cochran-Mantel-Haenszel test over all runs of the main arm, by setting: p ≤ {SIGNIFICANCE}",
-        partial(measures.measure_norms, trouble="rough"),
-    ),
-    Claim(
-        "postln_lost",
-        "norms",
-        "Post-LN learns nothing (it stalls or diverges) more often than Pre-LN",
-        f"one-sided Cochran-Mantel-Haenszel test over all runs of the main arm, by setting: p ≤ {SIGNIFICANCE}",
-        partial(measures.measure_norms, trouble="lost"),
-    ),
-    Claim(
-        "similar_heads",
-        "heads",
-        "Heads of the same layer have attention patterns with cosine similarity over 0.85",
-        "`heads.redundant_pairs` > 0 in every model (failed: in none)",
-        measures.measure_similar_heads,
-    ),
-    Claim(
-        "similarity_learned",
-        "heads",
-        "The similarity is learned: centred patterns are more alike than an untrained model's",
-        f"`heads.pairs_above_untrained_centred_threshold_percent` > that of the null model itself: {ON_MODELS}",
-        partial(measures.measure_beyond_null, null="untrained"),
-    ),
-    Claim(
-        "similarity_from_text",
-        "heads",
-        "The similarity comes from reading text: centred patterns are more alike than on shuffled tokens",
-        f"`heads.pairs_above_shuffled_centred_threshold_percent` > that of the null model itself: {ON_MODELS}",
-        partial(measures.measure_beyond_null, null="shuffled"),
-    ),
-    Claim(
-        "similarity_in_middle",
-        "heads",
-        "Similar heads are mostly in the middle layers",
-        "`heads.redundant_pairs_middle_percent` > 50 and > `heads.middle_layers_percent`: "
-        f"{ON_MODELS}; untested below {measures.MIN_PAIRS} pairs in all",
-        measures.measure_middle,
-    ),
-    *(
-        Claim(
-            f"prune_{criterion}",
-            "pruning",
-            f"15 % of the heads cost less than 5 % of perplexity, chosen by {name}",
-            f"`{measures.rise_key(criterion)}` < {measures.MAX_RISE_PERCENT}: {ON_MODELS}; of one model its interval "
-            "over documents",
-            partial(measures.measure_pruning, column=criterion),
-        )
-        for criterion, name in CRITERIA.items()
-        if criterion != "random"
-    ),
-    Claim(
-        "repair",
-        "pruning",
-        "A repair without training lets twice the heads go, for under 5 % of perplexity",
-        f"largest `prune.redundancy_*_max_pruned_percent_below_5` of a repair ≥ {measures.REPAIR_GAIN} × "
-        f"`prune.max_pruned_percent_below_5`: {ON_MODELS}",
-        measures.measure_repair,
-    ),
-    Claim(
-        "redundancy_chooses",
-        "pruning",
-        "Redundancy shows which heads of a layer to remove",
-        "`prune.perplexity_rise_percent_at_15` < `prune.matched_random_sets_perplexity_rise_percent_at_15`, of random "
-        f"sets with as many heads of each layer: {ON_MODELS}",
-        measures.measure_choice,
-    ),
-    Claim(
-        "similarity_chooses",
-        "pruning",
-        "Some similarity of heads chooses 15 % of them better than chance, without repair",
-        "for one of the orders `prune.*_perplexity_rise_percent_at_15` < "
-        f"`prune.random_sets_perplexity_rise_percent_at_15`: {ON_MODELS}, Bonferroni over the orders",
-        measures.measure_similarity_choice,
-    ),
-    *(
-        Claim(
-            f"splits_{group}_words",
-            "vocabularies",
-            f"A larger vocabulary splits {group} words less",
-            f"`{group}_tokens_per_word` in tokenizer/vocabularies.csv; nested vocabularies can only split less",
-            partial(measures.measure_effect, column=f"{group}_tokens_per_word", unit="tokens per word"),
-        )
-        for group in WORD_GROUPS
-    ),
-    Claim(
-        "shortens_sequences",
-        "vocabularies",
-        "A larger vocabulary shortens sequences",
-        "`bytes_per_token` in tokenizer/vocabularies.csv; nested vocabularies can only merge more",
-        partial(measures.measure_effect, column="bytes_per_token", unit="bytes per token"),
-    ),
-    Claim(
-        "cheaper_training",
-        "vocabularies",
-        "A larger vocabulary makes training cheaper",
-        "`flops_per_byte` in tokenizer/vocabularies.csv; a matter of the model's width",
-        measures.measure_cost,
-    ),
-    *(
-        Claim(
-            f"predicts_{name}",
-            "vocabularies",
-            f"On the same computation, a larger vocabulary predicts {words} better",
-            f"`{key}` in tokenizer/runs.csv, largest budget: smallest − largest size > 0, paired by seed, t interval"
-            + (
-                "; untested where a model is no better than guessing all tokens alike" if key.startswith("rare") else ""
-            ),
-            partial(measures.measure_vocabulary_runs, column=key),
-        )
-        for name, words, key in (
-            ("text", "text", "bits_per_byte"),
-            ("rare_words", "rare words", "rare_bits_per_byte"),
-        )
-    ),
-    Claim(
-        "generates",
-        "run",
-        "The model generates text",
-        "every prompt in generate/samples.csv is continued",
-        measures.measure_generation,
-    ),
-)
+CHECKS: dict[str, Check] = {}
 
-# Apart from the others, because its figure differs from run to run.
-TIMED_CLAIM = Claim(
-    "gpu_hours",
-    "run",
-    "46 h on two A100 with DDP",
-    f"`speed/train.seconds` times `processes` ≤ {measures.REFERENCE_GPU_HOURS} GPU-hours, more than one process",
-    measures.measure_gpu_hours,
-    scales=("full",),
-    of_training=True,
-)
+
+def check(key: str, **options: str) -> Callable:
+    """Register the decorated function, called with `options`, as the check of a claim."""
+
+    def register(function: Callable[..., Finding]) -> Callable[..., Finding]:
+        CHECKS[key] = partial(function, **options)
+        return function
+
+    return register
+
+
+def spread(values: np.ndarray, unit: str = "", sign: str = "") -> str:
+    """Mean ± sample standard deviation (number of models) in words; of one model its value."""
+    if len(values) > 1:
+        return write_spread(pd.Series(values), unit, sign)
+    return f"{values[0]:+.2f}{unit} (one model)" if sign else f"{number(values[0])}{unit} (one model)"
+
+
+@check("parameters")
+def measure_parameters(results: Results) -> Finding:
+    found = results.value("train.n_params")
+    return of_fact(found == REFERENCE_PARAMS), f"{number(found)} parameters"
+
+
+@check("corpus")
+def measure_corpus(results: Results) -> Finding:
+    source, tokens = results.setting("prepare", "source"), results.value("tokens.tokens_train")
+    holds = source == "fineweb_edu" and tokens >= 9.5e9
+    return of_fact(holds), f"{number(tokens)} training tokens from source `{source}`"
+
+
+@check("split")
+def measure_split(results: Results) -> Finding:
+    train, val, test = (results.value(f"prepare.documents_{split}") for split in ("train", "val", "test"))
+    total = train + val + test
+    train, val = 100 * train / total, 100 * val / total
+    holds = 97 <= train <= 99 and 0.5 <= val <= 1.5
+    return of_fact(holds), f"{train:.2f} % and {val:.2f} % of {number(total)} documents"
+
+
+@check("held_out")
+def measure_held_out(results: Results) -> Finding:
+    found, items = results.value("tokens.benchmark_items_in_train"), results.value("tokens.benchmark_items")
+    return of_fact(found == 0), f"{number(found)} of {number(items)} items found in training documents"
+
+
+@check("steps")
+def measure_steps(results: Results) -> Finding:
+    found, size, epochs = (results.value(f"train.{key}") for key in ("steps", "tokens_per_step", "epochs"))
+    holds = found >= REFERENCE_STEPS and size == REFERENCE_TOKENS_PER_STEP
+    return of_fact(holds), f"{number(found)} steps of {number(size)} tokens, {number(epochs)} epochs"
+
+
+@check("learns")
+def measure_learning(results: Results) -> Finding:
+    losses, entropy = results.over_models("train.val_loss"), results.value("train.unigram_entropy")
+    return of_margins(entropy - losses), f"{spread(losses)} nats, unigram entropy {number(entropy)}"
+
+
+@check("converges")
+def measure_convergence(results: Results) -> Finding:
+    losses, falls, stalled, diverged = (
+        results.over_models(f"train.{key}") for key in ("val_loss", "val_loss_late_fall_percent", "stalled", "diverged")
+    )
+    broken = (stalled != 0) | (diverged != 0)
+    measured = (
+        f"validation loss {spread(losses)}; it falls by {spread(falls, unit=' %')} over the last fifth; "
+        f"{broken.sum()} of {len(broken)} models stalled or diverged"
+    )
+    if broken.any():
+        return "failed" if broken.all() else "undecided", measured
+    return of_margins(MAX_LATE_FALL_PERCENT - falls), measured
+
+
+@check("reproduces")
+def measure_validation_loss(results: Results) -> Finding:
+    losses, encoding = results.over_models("train.val_loss"), results.value("tokens.encoding")
+    if encoding != GPT2_VOCABULARY:
+        return "untested", f"{spread(losses)} nats per token of {encoding}, another unit"
+    return of_margins(REFERENCE_VAL_LOSS - losses), f"{spread(losses)} nats per token on this corpus"
+
+
+@check("hellaswag_rises")
+def measure_rising(results: Results) -> Finding:
+    if (results.over_models("train.hellaswag_evaluations") < 3).any():
+        # A run that broke off was not too short by design.
+        broken = results.over_models("train.diverged").any()
+        return "failed" if broken else "untested", "fewer than the 3 evaluations needed"
+    first, last, correlations, used = (
+        results.over_models(f"train.hellaswag_{key}")
+        for key in ("first_acc_norm", "acc_norm", "rank_correlation", "items")
+    )
+    # The stage hellaswag may use more items than the evaluations along training.
+    error = results.over_models("hellaswag.completion_acc_norm_stderr")
+    error = error * np.sqrt(results.over_models("hellaswag.items") / used)
+    # Of a difference of two accuracies. The items are the same, which makes the bound stricter than its name.
+    margins = last - first - 2 * (math.sqrt(2) * error)
+    margins = np.where(correlations > 0, margins, np.fmin(0, last - first))
+    rises = 100 * (last - first)
+    return of_margins(
+        margins
+    ), f"{spread(rises, ' points', '+')}; rank correlation with the step {spread(correlations)}"
+
+
+@check("hellaswag_above_chance")
+def measure_above_chance(results: Results) -> Finding:
+    accuracies, errors = (results.over_models(f"hellaswag.completion_acc_norm{end}") for end in ("", "_stderr"))
+    measured = (
+        f"{spread(100 * accuracies, unit=' %')} of {number(results.value('hellaswag.items'))} items, standard error "
+        f"over documents {number(100 * float(np.mean(errors)))} points"
+    )
+    return of_margins(accuracies - HELLASWAG_CHANCE - 3 * errors), measured
+
+
+@check("shuffling")
+def measure_shuffling(results: Results) -> Finding:
+    kept, windows = results.value("train.windows_in_same_place"), results.value("train.windows_per_epoch")
+    measured = f"{number(kept)} of {number(windows)} windows keep their place in the next epoch"
+    return of_fact(windows > 10 and kept <= 10), measured
+
+
+@check("flash_attention")
+def measure_attention(results: Results) -> Finding:
+    backend = results.value("train.attention_backend")
+    return of_fact(str(backend).startswith(FUSED_ATTENTION)), f"backend `{backend}`"
+
+
+@check("preln_smooth")
+def measure_smoothness(results: Results) -> Finding:
+    faults = ["loss_spikes", "diverged", "stalled"]
+    runs = results.table("norm_study/runs.csv", ["arm", "norm", *faults, "max_grad_norm"])
+    runs = runs[(runs["arm"] == MAIN_ARM) & (runs["norm"] == "preln")]
+    if runs.empty:
+        return "untested", "preln was not studied"
+    troubled = (runs[faults] > 0).assign(rough=runs["max_grad_norm"].fillna(np.inf) > MAX_GRAD_NORM)
+    spikes, diverged, stalled, rough = troubled.sum()
+    measured = (
+        f"{troubled.any(axis=1).sum()} of {len(runs)} runs in trouble: {spikes} with spikes, {diverged} diverged, "
+        f"{stalled} stalled, {rough} with a gradient norm above {MAX_GRAD_NORM}; the largest is "
+        f"{number(runs['max_grad_norm'].max())}"
+    )
+    return verdicts.of_trouble(int(troubled.any(axis=1).sum()), len(runs)), measured
+
+
+@check("postln_rough", trouble="rough")
+@check("postln_lost", trouble="lost")
+def measure_norms(results: Results, trouble: str) -> Finding:
+    """Compare how often Post-LN and Pre-LN are `rough` (spike or diverge) or `lost` (stall or diverge)."""
+    if not results.has(f"norm_study.postln_{trouble}_cmh_p"):
+        return "untested", "preln and postln were not studied at the same settings"
+    p_value, post, of_post, pre, of_pre = (
+        results.value(f"norm_study.{key}")
+        for key in (
+            f"postln_{trouble}_cmh_p",
+            *(f"{n}_{k}" for n in ("postln", "preln") for k in (f"{trouble}_runs", "runs")),
+        )
+    )
+    measured = (
+        f"postln {post} of {of_post} runs, preln {pre} of {of_pre}; one-sided Cochran-Mantel-Haenszel "
+        f"p = {number(p_value)}"
+    )
+    return verdicts.of_comparison(p_value, post / of_post, pre / of_pre), measured
+
+
+@check("similar_heads")
+def measure_similar_heads(results: Results) -> Finding:
+    pairs, highest, uniform = (
+        results.over_models(f"heads.{key}") for key in ("redundant_pairs", "max_similarity", "uniform_heads_percent")
+    )
+    measured = (
+        f"{spread(pairs)} pairs; highest cosine {spread(highest)}; {spread(uniform, unit=' %')} of the heads still "
+        "attend uniformly"
+    )
+    return verdicts.of_each(pairs > 0), measured
+
+
+@check("similarity_learned", null="untrained")
+@check("similarity_from_text", null="shuffled")
+def measure_beyond_null(results: Results, null: str) -> Finding:
+    """Compare centred similarities with a null model's: the share of pairs above its percentile with the null's own."""
+    shares = results.over_models(f"heads.pairs_above_{null}_centred_threshold_percent")
+    pairs, percentile = results.value("heads.same_layer_pairs"), results.value("heads.null_percentile")
+    # An interpolated percentile of n values lies below this many of them, more than the rest of 100 % if n is small.
+    null_share = 100 * (pairs - 1 - math.floor(percentile / 100 * (pairs - 1))) / pairs
+    own, other = (results.over_models(f"heads.{prefix}mean_centred_similarity") for prefix in ("", f"{null}_"))
+    measured = (
+        f"{spread(shares, unit=' %')} of the pairs are above the {percentile:g} % point of the {null} model, of its "
+        f"own {number(null_share)} %; mean centred cosine {spread(own)}, {null} {spread(other)}"
+    )
+    return of_margins(shares - null_share), measured
+
+
+@check("similarity_in_middle")
+def measure_middle(results: Results) -> Finding:
+    pairs, layers = results.over_models("heads.redundant_pairs"), results.value("heads.middle_layers_percent")
+    shares = results.over_models("heads.redundant_pairs_middle_percent")[pairs > 0]
+    total = number(int(pairs.sum()))
+    if pairs.sum() < MIN_PAIRS:
+        return "untested", f"{total} pairs in all models, too few to tell"
+    measured = f"{spread(shares, unit=' %')} of {total} pairs, in {layers:.1f} % of the layers"
+    return of_margins(shares - max(50.0, layers)), measured
+
+
+def _rise_key(column: str) -> str:
+    """The rise of perplexity in percent with 15 % of the heads removed, by a column of prune/frontier.csv."""
+    return f"{pruning_prefix(column)}perplexity_rise_percent_at_15"
+
+
+@check("prune_redundancy", column="redundancy")
+@check("prune_taylor", column="taylor")
+@check("prune_taylor_iterative", column="taylor_iterative")
+@check("prune_magnitude", column="magnitude")
+@check("prune_loss", column="loss")
+def measure_pruning(results: Results, column: str) -> Finding:
+    rises = results.over_models(_rise_key(column))
+    removed, heads = results.value("prune.heads_removed_at_15"), results.value("heads.heads")
+    low, high = (results.value(f"{_rise_key(column)}_{end}") for end in ("low", "high"))
+    measured = f"{spread(rises, ' %', '+')} for {number(removed)} of {number(heads)} heads"
+    if len(rises) == 1:
+        verdict = verdicts.of_interval(MAX_RISE_PERCENT - high, MAX_RISE_PERCENT - low)
+        return verdict, f"{measured}, 95 % interval over documents {low:+.2f} to {high:+.2f} %"
+    return of_margins(MAX_RISE_PERCENT - rises), measured
+
+
+@check("repair")
+def measure_repair(results: Results) -> Finding:
+    plain, *repaired = (
+        results.over_models(f"prune.{repair}max_pruned_percent_below_5")
+        for repair in ("", *(f"redundancy_{name}_" for name in ("refit", "stepwise", "merge", "merge_refit")))
+    )
+    best = np.max(repaired, axis=0)
+    # Twice nothing is no gain: at least one head counts.
+    one_head = 100 / results.value("heads.heads")
+    margins = best - REPAIR_GAIN * np.maximum(plain, one_head) + one_head / 2
+    return of_margins(margins), f"{spread(best, unit=' %')} with the best repair, {spread(plain, unit=' %')} without"
+
+
+@check("redundancy_chooses")
+def measure_choice(results: Results) -> Finding:
+    rises, matched, free = (
+        results.over_models(f"prune.{sets}perplexity_rise_percent_at_15")
+        for sets in ("", "matched_random_sets_", "random_sets_")
+    )
+    measured = (
+        f"{spread(rises, ' %', '+')}; random sets of the same layers {spread(matched, ' %', '+')}, of any layers "
+        f"{spread(free, ' %', '+')}"
+    )
+    if len(rises) == 1:
+        cheaper = results.value("prune.cheaper_matched_random_sets_at_15")
+        return _test_on_one_model(cheaper, results.value("prune.matched_random_sets_at_15"), SIGNIFICANCE, measured)
+    return of_margins(matched - rises), measured
+
+
+@check("similarity_chooses")
+def measure_similarity_choice(results: Results) -> Finding:
+    columns = {order: order if order == "redundancy" else f"similarity_{order}" for order in SIMILARITIES}
+    rises = {order: results.over_models(_rise_key(column)) for order, column in columns.items()}
+    free = results.over_models("prune.random_sets_perplexity_rise_percent_at_15")
+    verdict, best = verdicts.of_best({order: free - rise for order, rise in rises.items()})
+    if len(free) > 1:
+        measured = f"{SIMILARITIES[best]}, {spread(rises[best], ' %', '+')}; random sets {spread(free, ' %', '+')}"
+        return verdict, f"best of {len(columns)}: {measured}"
+    cheaper = {order: results.value(f"{pruning_prefix(c)}cheaper_random_sets_at_15") for order, c in columns.items()}
+    best = min(cheaper, key=lambda order: (cheaper[order], rises[order][0]))
+    measured = f"best of {len(columns)}: {SIMILARITIES[best]}, {rises[best][0]:+.2f} %"
+    return _test_on_one_model(cheaper[best], results.value("prune.random_sets"), SIGNIFICANCE / len(columns), measured)
+
+
+def _test_on_one_model(cheaper: int, sets: int, limit: float, measured: str) -> Finding:
+    """Permutation test on one model: (1 + cheaper) / (1 + sets) must be at most `limit`."""
+    measured = f"{measured}; {number(cheaper)} of {number(sets)} random sets cost less (one model)"
+    if 1 / (1 + sets) > limit:
+        return "untested", f"{measured}, too few sets to tell"
+    return of_fact((1 + cheaper) / (1 + sets) <= limit), measured
+
+
+@check("splits_rare_words", column="rare_tokens_per_word", unit="tokens per word")
+@check("splits_compound_words", column="compound_tokens_per_word", unit="tokens per word")
+@check("splits_technical_words", column="technical_tokens_per_word", unit="tokens per word")
+@check("shortens_sequences", column="bytes_per_token", unit="bytes per token")
+def measure_effect(results: Results, column: str, unit: str) -> Finding:
+    """The effect of the vocabulary size on counts that a nested, larger vocabulary can only improve."""
+    vocabularies = load_vocabularies(results)
+    own = vocabularies[vocabularies["own"]]
+    first, last = own.iloc[0], own.iloc[-1]
+    change = 100 * (last[column] / first[column] - 1)
+    return (
+        "by construction",
+        f"{number(first[column])} to {number(last[column])} {unit} ({change:+.1f} %) from "
+        f"{number(int(first['vocab_size']))} to {number(int(last['vocab_size']))} tokens of vocabulary",
+    )
+
+
+@check("cheaper_training")
+def measure_cost(results: Results) -> Finding:
+    verdict, measured = measure_effect(results, "flops_per_byte", "FLOPs per byte")
+    width, n_embd = results.value("tokenizer.cheaper_above_n_embd"), results.setting("model", "n_embd")
+    bound = f"cheaper for n_embd of {number(width)} or more" if width > 0 else "cheaper for no width"
+    return verdict, f"{measured} at n_embd = {n_embd}; {bound} at this depth"
+
+
+@check("predicts_text", column="bits_per_byte")
+@check("predicts_rare_words", column="rare_bits_per_byte")
+def measure_vocabulary_runs(results: Results, column: str) -> Finding:
+    """Compare the largest vocabulary with the smallest on equal computation, paired by seed."""
+    runs = results.table("tokenizer/runs.csv", ["budget", "name", "vocab_size", "seed", "chosen", column])
+    runs = runs[(runs["name"] != GPT2_VOCABULARY) & (runs["budget"] == runs["budget"].max()) & (runs["chosen"] == 1)]
+    by_size = runs.pivot(index="seed", columns="vocab_size", values=column)
+    small, large = by_size.columns.min(), by_size.columns.max()
+    measured = (
+        f"bits per byte {spread(by_size[large].to_numpy())} with {number(int(large))} tokens of vocabulary, "
+        f"{spread(by_size[small].to_numpy())} with {number(int(small))}"
+    ).replace("one model", "one seed")
+    if small == large:
+        return "untested", f"{measured}; one size"
+    if column.startswith("rare_"):
+        table = results.table("tokenizer/runs_table.csv", ["budget", "vocab_size", column, "rare_even_bits_per_byte"])
+        last = table[(table["budget"] == table["budget"].max()) & table["vocab_size"].isin([small, large])]
+        if (last[column] >= last["rare_even_bits_per_byte"]).any():
+            return "untested", f"{measured}; a model is no better than guessing all tokens alike"
+    return of_margins((by_size[small] - by_size[large]).to_numpy()), measured
+
+
+@check("generates")
+def measure_generation(results: Results) -> Finding:
+    texts = results.texts("generate/samples.csv", ["prompt", "text"])["text"]
+    written = sum(bool(text.strip()) for text in texts)
+    return of_fact(0 < written == len(texts)), f"{written} of {len(texts)} prompts continued"
+
+
+@check("gpu_hours")
+def measure_gpu_hours(results: Results) -> Finding:
+    processes, hours = results.value("speed/train.processes"), results.value("speed/train.seconds") / 3600
+    holds = 1 < processes <= REFERENCE_GPU_HOURS / hours
+    return of_fact(holds), f"{number(hours)} h on {number(processes)} processes"
+
+
+def _load_claims() -> list[Claim]:
+    """The rows of claims.csv.j2 with their checks. Its rules name the bounds above."""
+    lines = load_template("claims.csv.j2").render(globals()).splitlines()
+    claims = []
+    for cells in csv.DictReader(lines, delimiter="|"):
+        scales, of_training = cells.pop("scales").split() or SCALES, bool(cells.pop("of_training"))
+        claims.append(Claim(**cells, check=CHECKS[cells["key"]], scales=scales, of_training=of_training))
+    return claims
+
+
+# The last claim is apart, because its figure differs from run to run.
+*CLAIMS, TIMED_CLAIM = _load_claims()

@@ -16,7 +16,6 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from gpt2.pipeline.files import atomic_path
 from gpt2.report import names
-from gpt2.report.frames import load_models, load_vocabularies, load_vocabulary_runs
 from gpt2.report.names import CRITERIA, REPAIRED, REPAIRS, SIMILARITIES, split_pruning
 from gpt2.report.panels import (
     GREEN,
@@ -32,6 +31,7 @@ from gpt2.report.panels import (
     scale_vocabulary,
 )
 from gpt2.report.results import Results
+from gpt2.report.tables import load_models, load_vocabularies, load_vocabulary_runs
 from gpt2.report.verdicts import mean_interval
 
 Drawings = dict[str, Callable[[Results], Figure]]

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import markdown
 import pandas as pd
+from jinja2 import Environment, FileSystemLoader, StrictUndefined, Template
 
 _STYLE = """
 :root { color-scheme: light dark; --ink: #1f2328; --page: #fff; --line: #d0d7de; --shade: #f6f8fa; }
@@ -41,6 +42,20 @@ def number(value: float | Real) -> str:
     return f"{value:#.4g}" if size >= 0.001 else f"{value:.1e}"
 
 
+def write_spread(values: pd.Series, unit: str = "", sign: str = "") -> str:
+    """Mean ± standard deviation (n), rounded to two digits of the deviation: 4.209 ± 0.035 (5); – for one value.
+
+    With the sign "+" a positive mean has one too; the unit is written before the number of values.
+    """
+    mean, deviation, count = values.mean(), values.std(), values.count()
+    if count < 2:
+        return "–"
+    if deviation == 0:
+        return f"{mean:{sign},.6g} ± 0{unit} ({count})"
+    decimals = max(0, 1 - math.floor(math.log10(deviation)))
+    return f"{mean:{sign},.{decimals}f} ± {deviation:,.{decimals}f}{unit} ({count})"
+
+
 def table(frame: pd.DataFrame, headings: Mapping[str, str] | None = None) -> str:
     """A Markdown table of a frame, or of its columns in `headings` under these. Figures are right-aligned.
 
@@ -64,6 +79,14 @@ def literal(text: str) -> str:
     """Text on one line in which nothing is Markdown or HTML: every character but letters, digits and plain
     punctuation becomes a numeric entity."""
     return re.sub(r"[^\w\s.,;?'\"=/%()-]|_", lambda found: f"&#{ord(found[0])};", " ".join(text.split()))
+
+
+def load_template(name: str) -> Template:
+    """A template of this folder, which can format numbers, tables and literal text; an undefined name is an error."""
+    loader = FileSystemLoader(Path(__file__).parent)
+    environment = Environment(loader=loader, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+    environment.filters |= {"number": number, "table": table, "literal": literal}
+    return environment.get_template(name)
 
 
 def to_html(text: str, title: str, folder: Path) -> str:

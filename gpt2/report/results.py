@@ -2,28 +2,15 @@
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from gpt2.pipeline.files import UserError, read_json
 
 MODELS = "replicates/models.csv"
-
-
-@dataclass(frozen=True)
-class Model:
-    """The figures of one model of the main line, named file.key."""
-
-    figures: Mapping[str, Any]
-
-    def value(self, name: str) -> Any:
-        """The figure `file.key`. Raises UserError if no column of plots/replicates/models.csv has it."""
-        if name not in self.figures:
-            raise UserError(f"plots/{MODELS} lacks the column {name}; run its stage again: {_remedy(MODELS)}")
-        return self.figures[name]
 
 
 @dataclass(frozen=True)
@@ -43,13 +30,20 @@ class Results:
         """Where the weights were loaded from in place of training; None if they were trained."""
         return self.settings["train"].get("init_from")
 
+    def setting(self, section: str, key: str) -> Any:
+        """A parameter of the active scale. Raises UserError if params.yaml lacks it."""
+        try:
+            return self.settings[section][key]
+        except KeyError as error:
+            raise UserError(f"params.yaml lacks {self.scale}.{section}.{key}; add it") from error
+
     def value(self, name: str) -> Any:
         """The metric `file.key`, as in `train.val_loss`. Raises UserError naming file, key and stage if absent."""
         stem, key = name.split(".", 1)
         path = Path("metrics") / f"{stem}.json"
         values = read_json(self.root / path)
         if key not in values:
-            raise UserError(f"{path} lacks the key {key}; run its stage again: dvc repro --force {stage_of(path)}")
+            raise UserError(f"{path} lacks the key {key}; {_remedy(path)}")
         return values[key]
 
     def has(self, name: str) -> bool:
@@ -57,20 +51,13 @@ class Results:
         stem, key = name.split(".", 1)
         return key in read_json(self.root / "metrics" / f"{stem}.json")
 
-    @cached_property
-    def models(self) -> list[Model]:
-        """All models of the main line, the main one first."""
-        return [
-            Model({str(name): row[name] for name in row.index}) for _, row in self.table(MODELS, ["seed"]).iterrows()
-        ]
-
-    def over_models(self, name: str) -> list[float]:
-        """The figure `file.key` of every model."""
-        return [float(model.value(name)) for model in self.models]
-
     def speed(self, stage: str) -> dict[str, float]:
         """Seconds, memory and rates that a stage measured of itself."""
         return read_json(self.root / "metrics/speed" / f"{stage}.json")
+
+    def over_models(self, name: str) -> np.ndarray:
+        """The figure `file.key` of all models of the main line, the main one first. Raises UserError as `table`."""
+        return self.table(MODELS, [name])[name].to_numpy(dtype=float)
 
     def table(self, name: str, columns: Sequence[str], may_be_empty: bool = False) -> pd.DataFrame:
         """The CSV plots/`name`, with NaN for what is missing or not finite.
@@ -79,7 +66,7 @@ class Results:
         """
         frame = self._read(name, columns, na_values=["", "nan", "inf", "-inf"])
         if frame.empty and not may_be_empty:
-            raise UserError(f"plots/{name} has no rows; run its stage again: {_remedy(name)}")
+            raise UserError(f"plots/{name} has no rows; {_remedy(Path('plots') / name)}")
         return frame
 
     def texts(self, name: str, columns: Sequence[str]) -> pd.DataFrame:
@@ -90,29 +77,20 @@ class Results:
         path = Path("plots") / name
         try:
             frame = pd.read_csv(self.root / path, keep_default_na=False, **options)
-        except FileNotFoundError as error:
-            raise UserError(f"{path} does not exist; run the stage that writes it: {_remedy(name)}") from error
-        except pd.errors.EmptyDataError as error:
-            raise UserError(f"{path} is empty; run its stage again: {_remedy(name)}") from error
+        except (FileNotFoundError, pd.errors.EmptyDataError) as error:
+            fault = "does not exist" if isinstance(error, FileNotFoundError) else "is empty"
+            raise UserError(f"{path} {fault}; {_remedy(path)}") from error
         if missing := [column for column in columns if column not in frame]:
-            raise UserError(f"{path} lacks the column {', '.join(missing)}; run its stage again: {_remedy(name)}")
+            raise UserError(f"{path} lacks the column {', '.join(missing)}; {_remedy(path)}")
         return frame
-
-    def setting(self, section: str, key: str) -> Any:
-        """A parameter of the active scale. Raises UserError if params.yaml lacks it."""
-        try:
-            return self.settings[section][key]
-        except KeyError as error:
-            raise UserError(f"params.yaml lacks {self.scale}.{section}.{key}; add it") from error
 
 
 def stage_of(path: Path) -> str:
     """Name in dvc.yaml of the stage that writes metrics/<stage>.json or plots/<stage>/<file>."""
     stem = path.stem if path.parts[0] == "metrics" else path.parts[1]
-    return {"tokens": "tokenize", "tokenizer": "tokenizer-study", "heads": "head-similarity"}.get(
-        stem, stem.replace("_", "-")
-    )
+    names = {"tokens": "tokenize", "tokenizer": "tokenizer-study", "heads": "head-similarity"}
+    return names.get(stem, stem.replace("_", "-"))
 
 
-def _remedy(plot: str) -> str:
-    return f"dvc repro --force {stage_of(Path('plots') / plot)}"
+def _remedy(path: Path) -> str:
+    return f"run its stage again: dvc repro --force {stage_of(path)}"

@@ -5,7 +5,7 @@ the models agree; otherwise it is undecided.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Literal, NamedTuple
+from typing import Literal
 
 import numpy as np
 from scipy import stats
@@ -14,13 +14,8 @@ Verdict = Literal["passed", "failed", "undecided", "untested", "by construction"
 VERDICTS: tuple[Verdict, ...] = ("passed", "failed", "undecided", "untested", "by construction")
 # Of the intervals and tests here.
 SIGNIFICANCE = 0.05
-
-
-class Finding(NamedTuple):
-    """What the figures say about a claim: the verdict, and what was measured as text."""
-
-    verdict: Verdict
-    measured: str
+# A figure, or its distance from a bound, of each model.
+Values = Sequence[float] | np.ndarray
 
 
 def of_fact(holds: bool) -> Verdict:
@@ -28,7 +23,7 @@ def of_fact(holds: bool) -> Verdict:
     return "passed" if holds else "failed"
 
 
-def mean_interval(values: Sequence[float], significance: float = SIGNIFICANCE) -> tuple[float, float]:
+def mean_interval(values: Values, significance: float = SIGNIFICANCE) -> tuple[float, float]:
     """Two-sided t interval of the mean over models. Of equal values, or of a single one, it is that value."""
     mean = float(np.mean(values))
     if len(values) < 2 or np.ptp(values) == 0:
@@ -37,35 +32,31 @@ def mean_interval(values: Sequence[float], significance: float = SIGNIFICANCE) -
     return float(low), float(high)
 
 
-def of_margins(margins: Sequence[float], significance: float = SIGNIFICANCE) -> Verdict:
+def of_margins(margins: Values, significance: float = SIGNIFICANCE) -> Verdict:
     """Verdict on a figure that must be above 0, by the interval of its mean over models.
 
-    Passed if the interval is above 0, failed if it is not, undecided if it holds 0. NaN, of a model that diverged, is
-    undecided.
+    NaN, of a model that diverged, is undecided.
     """
     if not np.isfinite(margins).all():
         return "undecided"
-    low, high = mean_interval(margins, significance)
-    if low > 0:
-        return "passed"
-    return "failed" if high <= 0 else "undecided"
+    return of_interval(*mean_interval(margins, significance))
 
 
 def of_interval(low: float, high: float) -> Verdict:
-    """Verdict on one model's figure that must be above 0, by its own interval over text."""
+    """Verdict on a figure that must be above 0, by its interval: undecided if the interval contains 0."""
     if low > 0:
         return "passed"
     return "failed" if high <= 0 else "undecided"
 
 
-def of_each(held: Sequence[bool]) -> Verdict:
+def of_each(held: Sequence[bool] | np.ndarray) -> Verdict:
     """Verdict on something that a model either has or has not: passed if all have it, failed if none."""
     if all(held):
         return "passed"
     return "undecided" if any(held) else "failed"
 
 
-def of_best(margins: Mapping[str, Sequence[float]]) -> tuple[Verdict, str]:
+def of_best(margins: Mapping[str, Values]) -> tuple[Verdict, str]:
     """Verdict on whether one of several alternatives has a figure above 0, and the one with the highest interval.
 
     Bonferroni: each interval is as wide as the number of alternatives asks for. Failed only if no alternative's plain

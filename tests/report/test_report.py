@@ -6,7 +6,6 @@ import re
 import subprocess
 import sys
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -14,14 +13,14 @@ import pytest
 
 from gpt2.pipeline import stage
 from gpt2.pipeline.files import UserError, write_csv, write_json
-from gpt2.report import sections
+from gpt2.report import tables
 from gpt2.report.claims import CLAIMS, TIMED_CLAIM
-from gpt2.report.document import count_verdicts, judge_claims, summarise_claims
+from gpt2.report.document import judge_claims, summarise_claims
 from gpt2.report.document import write_report as write_with_claims
 from gpt2.report.figures import FIGURES, TIMED_FIGURES
-from gpt2.report.frames import write_interval, write_spread
-from gpt2.report.markdown import literal, number, table, to_html
+from gpt2.report.markdown import literal, number, table, to_html, write_spread
 from gpt2.report.results import Results, stage_of
+from gpt2.report.tables import write_interval
 from stages import report
 from tests.closure import ROOT
 from tests.invented_run import break_off, invent_run, load_weights, set_metric, set_models, set_norm_study
@@ -125,14 +124,6 @@ def test_stages_are_named_as_in_the_pipeline():
     assert stage_of(Path("plots/head_similarity/pairs.csv")) == "head-similarity"
 
 
-def test_verdicts_are_counted_in_a_fixed_order():
-    verdicts = ["by construction", "untested", "passed", "undecided", "passed", "failed"]
-    counts = count_verdicts([SimpleNamespace(verdict=verdict) for verdict in verdicts])
-    assert list(counts.items()) == [
-        *(("passed", 2), ("failed", 1), ("undecided", 1), ("untested", 1), ("by construction", 1)),
-    ]
-
-
 def test_the_summary_counts_verdicts_and_names_each(tmp_path):
     rows = judge_claims(invent_run(tmp_path))
     summary = summarise_claims(rows)
@@ -164,25 +155,25 @@ def test_a_spread_is_that_of_the_sample():
 def test_the_norm_study_counts_runs_that_learned_at_each_setting(tmp_path):
     results = invent_run(tmp_path)
     set_norm_study(tmp_path, "postln", [1], diverged=1, diverged_at_step=7, val_loss=math.nan, stalled=0)
-    summary = sections.summarise_norms(results).set_index(["Arm", "Learning rate", "Warm-up steps"])
+    summary = tables.summarise_norms(results).set_index(["Arm", "Learning rate", "Warm-up steps"])
     assert list(summary.columns) == ["preln", "postln", "deepnorm"]
     assert summary["postln"].tolist() == [
         *("n/a ± – (1 of 2)", "n/a ± – (1 of 2)", "n/a ± – (0 of 2)", "n/a ± – (1 of 2)", "n/a ± – (1 of 2)"),
     ]
     assert summary["preln"].iloc[-1] == "4.100 ± 0 (2 of 2)" and summary.index[-1] == ("Muon, tied", "0.001", 10)
-    details = sections.tabulate_norms(results)
+    details = tables.tabulate_norms(results)
     assert details["norm"].tolist() == 5 * ["preln", "postln", "deepnorm"]
     assert details["diverged_at_step"].tolist() == 5 * ["–", 7, "–"]
 
 
 def test_the_best_vocabulary_is_marked_at_each_budget(tmp_path):
     results = invent_run(tmp_path)
-    runs = sections.tabulate_vocabulary_runs(results)
+    runs = tables.tabulate_vocabulary_runs(results)
     assert runs.loc[runs["best"] == "best", "name"].tolist() == ["bpe_4096", "bpe_16384"]
     path = tmp_path / "plots/tokenizer/runs_table.csv"
     lost = {key: math.inf for key in pd.read_csv(path) if "bits_per_byte" in key and "even" not in key}
     pd.read_csv(path).assign(**lost).to_csv(path, index=False)
-    runs = sections.tabulate_vocabulary_runs(results)
+    runs = tables.tabulate_vocabulary_runs(results)
     assert set(runs["best"]) == {""} and set(runs["rare_words"]) == {"n/a (n/a to n/a)"}
     FIGURES["vocabulary_runs"](results)
 
@@ -244,10 +235,10 @@ def test_recovery_training_is_reported_where_there_was_any(tmp_path):
 
 def test_the_memory_of_pruned_models_is_shown_where_a_gpu_measured_it(tmp_path):
     results = invent_run(tmp_path)
-    assert "Peak memory (GiB)" not in sections.tabulate_pruned_speed(results)
+    assert "Peak memory (GiB)" not in tables.tabulate_pruned_speed(results)
     for name in {key.removesuffix("_decode_tokens_per_s") for key in results.speed("prune") if "decode_tok" in key}:
         set_metric(tmp_path, f"speed/prune.{name}_peak_memory_gib", 1.25)
-    assert set(sections.tabulate_pruned_speed(results)["Peak memory (GiB)"]) == {1.25}
+    assert set(tables.tabulate_pruned_speed(results)["Peak memory (GiB)"]) == {1.25}
 
 
 def test_the_report_is_made_without_torch():

@@ -1,25 +1,52 @@
-"""Tables of the report that are computed from several curves or metrics; the template shows all others as they are."""
+"""Curves with derived columns, as claims and figures use them too, and the tables that are computed from several."""
 
 from collections.abc import Sequence
 from importlib.metadata import version
 
 import pandas as pd
 
-from gpt2.report.frames import load_models, load_vocabularies, load_vocabulary_runs, write_interval, write_spread
-from gpt2.report.markdown import literal, number
-from gpt2.report.names import (
-    ARMS,
-    CRITERIA,
-    HEADLINES,
-    PRUNED_RATES,
-    REPAIRED,
-    SIMILARITIES,
-    pruning_prefix,
-    split_pruning,
-)
-from gpt2.report.results import Results
+from gpt2.report import names
+from gpt2.report.markdown import literal, number, write_spread
+from gpt2.report.names import CRITERIA, HEADLINES, pruning_prefix, split_pruning
+from gpt2.report.results import MODELS, Results
+from gpt2.report.verdicts import mean_interval
 
 PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "pyarrow")
+
+
+def load_vocabularies(results: Results) -> pd.DataFrame:
+    """The vocabularies of the tokenizer study, smallest first; `own` is False for GPT-2's."""
+    columns = [
+        "name",
+        "vocab_size",
+        "bytes_per_token",
+        "flops_per_byte",
+        *(f"{g}_tokens_per_word" for g in names.WORD_GROUPS),
+    ]
+    table = results.table("tokenizer/vocabularies.csv", columns).sort_values("vocab_size", ignore_index=True)
+    return table.assign(own=table["name"] != names.GPT2_VOCABULARY, mflops_per_byte=table["flops_per_byte"] / 1e6)
+
+
+def load_vocabulary_runs(results: Results) -> pd.DataFrame:
+    """The small models of the tokenizer study, a row per budget and vocabulary, smallest first.
+
+    `own` is False for GPT-2's vocabulary. Bits per byte are NaN where a run diverged.
+    """
+    bits = [f"{part}bits_per_byte{end}" for part in ("", "rare_") for end in ("", "_low", "_high")]
+    even = ["even_bits_per_byte", "rare_even_bits_per_byte"]
+    columns = ["budget", "name", "vocab_size", "seeds", "steps", "bytes", *bits, *even]
+    table = results.table("tokenizer/runs_table.csv", columns).sort_values(["budget", "vocab_size"], ignore_index=True)
+    return table.assign(own=table["name"] != names.GPT2_VOCABULARY)
+
+
+def load_models(results: Results) -> pd.DataFrame:
+    """The HEADLINES of the main model, in the first row, and of its replicates: a column per metric."""
+    return results.table(MODELS, [*HEADLINES])[[*HEADLINES]]
+
+
+def write_interval(values: pd.Series) -> str:
+    """The 95 % t interval of the mean; – for one value."""
+    return "–" if values.count() < 2 else " to ".join(map(number, mean_interval(values.dropna().tolist())))
 
 
 def tabulate_replicates(results: Results) -> pd.DataFrame:
@@ -43,7 +70,7 @@ def summarise_norms(results: Results) -> pd.DataFrame:
     pivot = table.assign(cell=cells).pivot(index=columns[:3], columns="norm", values="cell")
     pivot = pivot.loc[table["arm"].unique(), table["norm"].unique()].fillna("–").reset_index()
     headings = {"arm": "Arm", "max_lr": "Learning rate", "warmup_steps": "Warm-up steps"}
-    return pivot.assign(arm=pivot["arm"].replace(ARMS), max_lr=pivot["max_lr"].map("{:g}".format)).rename(
+    return pivot.assign(arm=pivot["arm"].replace(names.ARMS), max_lr=pivot["max_lr"].map("{:g}".format)).rename(
         columns=headings
     )
 
@@ -86,7 +113,7 @@ def tabulate_examples(results: Results) -> pd.DataFrame:
 def list_prunings() -> list[tuple[str, str, str]]:
     """Criterion, repair and prefix of the metrics of each column of prune/frontier.csv, by criterion."""
     order = list(CRITERIA)
-    columns = sorted((*CRITERIA, *REPAIRED), key=lambda column: order.index(split_pruning(column)[0]))
+    columns = sorted((*CRITERIA, *names.REPAIRED), key=lambda column: order.index(split_pruning(column)[0]))
     return [
         (CRITERIA[split_pruning(column)[0]], split_pruning(column)[1], pruning_prefix(column)) for column in columns
     ]
@@ -95,7 +122,7 @@ def list_prunings() -> list[tuple[str, str, str]]:
 def list_choices() -> list[tuple[str, str]]:
     """Label and prefix of the metrics of each choice of heads without repair: by criterion, then by similarity."""
     criteria = {name: label for name, label in CRITERIA.items() if name != "random"}
-    similarities = {f"similarity_{name}": f"redundancy by {label}" for name, label in SIMILARITIES.items()}
+    similarities = {f"similarity_{name}": f"redundancy by {label}" for name, label in names.SIMILARITIES.items()}
     similarities.pop("similarity_redundancy")
     return [(label, pruning_prefix(column)) for column, label in (criteria | similarities).items()]
 
@@ -114,7 +141,7 @@ def tabulate_pruned_speed(results: Results) -> pd.DataFrame:
     own = models[models["heads_removed"] == saved].assign(redundancy=results.value("prune.pruned_perplexity"))
     keys = [*(f"heads_removed_{count}" for count in models["heads_removed"]), "pruned"]
     # Peak memory is measured on a GPU only.
-    rates = PRUNED_RATES | ({"peak_memory_gib": "Peak memory (GiB)"} if "pruned_peak_memory_gib" in speed else {})
+    rates = names.PRUNED_RATES | ({"peak_memory_gib": "Peak memory (GiB)"} if "pruned_peak_memory_gib" in speed else {})
     cells = {
         "Heads removed": [*map(number, models["heads_removed"]), f"{saved}, saved model"],
         "Perplexity": [*models["redundancy"], *own["redundancy"]],
