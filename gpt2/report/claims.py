@@ -150,7 +150,7 @@ def measure_convergence(results: Results) -> Finding:
     )
     broken = (stalled != 0) | (diverged != 0)
     measured = (
-        f"validation loss {spread(losses)}; it falls by {spread(falls, unit=' %')} over the last fifth; "
+        f"validation loss {spread(losses)}; it falls by {spread(falls, ' %')} over the last fifth; "
         f"{broken.sum()} of {len(broken)} models stalled or diverged"
     )
     if broken.any():
@@ -172,27 +172,22 @@ def measure_rising(results: Results) -> Finding:
         # A run that broke off was not too short by design.
         broken = results.over_models("train.diverged").any()
         return "failed" if broken else "untested", "fewer than the 3 evaluations needed"
-    first, last, correlations, used = (
-        results.over_models(f"train.hellaswag_{key}")
-        for key in ("first_acc_norm", "acc_norm", "rank_correlation", "items")
-    )
-    # The stage hellaswag may use more items than the evaluations along training.
-    error = results.over_models("hellaswag.completion_acc_norm_stderr")
-    error = error * np.sqrt(results.over_models("hellaswag.items") / used)
+    rises = results.over_models("train.hellaswag_acc_norm") - results.over_models("train.hellaswag_first_acc_norm")
+    correlations = results.over_models("train.hellaswag_rank_correlation")
+    # Training may evaluate fewer items than the stage hellaswag.
+    shares = results.over_models("train.hellaswag_items") / results.over_models("hellaswag.items")
+    errors = results.over_models("hellaswag.completion_acc_norm_stderr") / np.sqrt(shares)
     # Of a difference of two accuracies. The items are the same, which makes the bound stricter than its name.
-    margins = last - first - 2 * (math.sqrt(2) * error)
-    margins = np.where(correlations > 0, margins, np.fmin(0, last - first))
-    rises = 100 * (last - first)
-    return of_margins(
-        margins
-    ), f"{spread(rises, ' points', '+')}; rank correlation with the step {spread(correlations)}"
+    margins = np.where(correlations > 0, rises - 2 * math.sqrt(2) * errors, np.fmin(0, rises))
+    measured = f"{spread(100 * rises, ' points', '+')}; rank correlation with the step {spread(correlations)}"
+    return of_margins(margins), measured
 
 
 @check("hellaswag_above_chance")
 def measure_above_chance(results: Results) -> Finding:
     accuracies, errors = (results.over_models(f"hellaswag.completion_acc_norm{end}") for end in ("", "_stderr"))
     measured = (
-        f"{spread(100 * accuracies, unit=' %')} of {number(results.value('hellaswag.items'))} items, standard error "
+        f"{spread(100 * accuracies, ' %')} of {number(results.value('hellaswag.items'))} items, standard error "
         f"over documents {number(100 * float(np.mean(errors)))} points"
     )
     return of_margins(accuracies - HELLASWAG_CHANCE - 3 * errors), measured
@@ -234,17 +229,11 @@ def measure_norms(results: Results, trouble: str) -> Finding:
     """Compare how often Post-LN and Pre-LN are `rough` (spike or diverge) or `lost` (stall or diverge)."""
     if not results.has(f"norm_study.postln_{trouble}_cmh_p"):
         return "untested", "preln and postln were not studied at the same settings"
-    p_value, post, of_post, pre, of_pre = (
-        results.value(f"norm_study.{key}")
-        for key in (
-            f"postln_{trouble}_cmh_p",
-            *(f"{n}_{k}" for n in ("postln", "preln") for k in (f"{trouble}_runs", "runs")),
-        )
-    )
-    measured = (
-        f"postln {post} of {of_post} runs, preln {pre} of {of_pre}; one-sided Cochran-Mantel-Haenszel "
-        f"p = {number(p_value)}"
-    )
+    p_value = results.value(f"norm_study.postln_{trouble}_cmh_p")
+    post, pre = (results.value(f"norm_study.{norm}_{trouble}_runs") for norm in ("postln", "preln"))
+    of_post, of_pre = (results.value(f"norm_study.{norm}_runs") for norm in ("postln", "preln"))
+    test = f"one-sided Cochran-Mantel-Haenszel p = {number(p_value)}"
+    measured = f"postln {post} of {of_post} runs, preln {pre} of {of_pre}; {test}"
     return verdicts.of_comparison(p_value, post / of_post, pre / of_pre), measured
 
 
@@ -253,11 +242,8 @@ def measure_similar_heads(results: Results) -> Finding:
     pairs, highest, uniform = (
         results.over_models(f"heads.{key}") for key in ("redundant_pairs", "max_similarity", "uniform_heads_percent")
     )
-    measured = (
-        f"{spread(pairs)} pairs; highest cosine {spread(highest)}; {spread(uniform, unit=' %')} of the heads still "
-        "attend uniformly"
-    )
-    return verdicts.of_each(pairs > 0), measured
+    measured = f"{spread(pairs)} pairs; highest cosine {spread(highest)}; {spread(uniform, ' %')} of the heads still"
+    return verdicts.of_each(pairs > 0), f"{measured} attend uniformly"
 
 
 @check("similarity_learned", null="untrained")
@@ -270,7 +256,7 @@ def measure_beyond_null(results: Results, null: str) -> Finding:
     null_share = 100 * (pairs - 1 - math.floor(percentile / 100 * (pairs - 1))) / pairs
     own, other = (results.over_models(f"heads.{prefix}mean_centred_similarity") for prefix in ("", f"{null}_"))
     measured = (
-        f"{spread(shares, unit=' %')} of the pairs are above the {percentile:g} % point of the {null} model, of its "
+        f"{spread(shares, ' %')} of the pairs are above the {percentile:g} % point of the {null} model, of its "
         f"own {number(null_share)} %; mean centred cosine {spread(own)}, {null} {spread(other)}"
     )
     return of_margins(shares - null_share), measured
@@ -283,7 +269,7 @@ def measure_middle(results: Results) -> Finding:
     total = number(int(pairs.sum()))
     if pairs.sum() < MIN_PAIRS:
         return "untested", f"{total} pairs in all models, too few to tell"
-    measured = f"{spread(shares, unit=' %')} of {total} pairs, in {layers:.1f} % of the layers"
+    measured = f"{spread(shares, ' %')} of {total} pairs, in {layers:.1f} % of the layers"
     return of_margins(shares - max(50.0, layers)), measured
 
 
@@ -310,15 +296,13 @@ def measure_pruning(results: Results, column: str) -> Finding:
 
 @check("repair")
 def measure_repair(results: Results) -> Finding:
-    plain, *repaired = (
-        results.over_models(f"prune.{repair}max_pruned_percent_below_5")
-        for repair in ("", *(f"redundancy_{name}_" for name in ("refit", "stepwise", "merge", "merge_refit")))
-    )
-    best = np.max(repaired, axis=0)
+    repairs = ("refit", "stepwise", "merge", "merge_refit")
+    plain = results.over_models("prune.max_pruned_percent_below_5")
+    best = np.max([results.over_models(f"prune.redundancy_{r}_max_pruned_percent_below_5") for r in repairs], axis=0)
     # Twice nothing is no gain: at least one head counts.
     one_head = 100 / results.value("heads.heads")
     margins = best - REPAIR_GAIN * np.maximum(plain, one_head) + one_head / 2
-    return of_margins(margins), f"{spread(best, unit=' %')} with the best repair, {spread(plain, unit=' %')} without"
+    return of_margins(margins), f"{spread(best, ' %')} with the best repair, {spread(plain, ' %')} without"
 
 
 @check("redundancy_chooses")
@@ -327,10 +311,8 @@ def measure_choice(results: Results) -> Finding:
         results.over_models(f"prune.{sets}perplexity_rise_percent_at_15")
         for sets in ("", "matched_random_sets_", "random_sets_")
     )
-    measured = (
-        f"{spread(rises, ' %', '+')}; random sets of the same layers {spread(matched, ' %', '+')}, of any layers "
-        f"{spread(free, ' %', '+')}"
-    )
+    ours, same, any_layers = (spread(values, " %", "+") for values in (rises, matched, free))
+    measured = f"{ours}; random sets of the same layers {same}, of any layers {any_layers}"
     if len(rises) == 1:
         cheaper = results.value("prune.cheaper_matched_random_sets_at_15")
         return _test_on_one_model(cheaper, results.value("prune.matched_random_sets_at_15"), SIGNIFICANCE, measured)
@@ -366,15 +348,11 @@ def _test_on_one_model(cheaper: int, sets: int, limit: float, measured: str) -> 
 @check("shortens_sequences", column="bytes_per_token", unit="bytes per token")
 def measure_effect(results: Results, column: str, unit: str) -> Finding:
     """The effect of the vocabulary size on counts that a nested, larger vocabulary can only improve."""
-    vocabularies = load_vocabularies(results)
-    own = vocabularies[vocabularies["own"]]
-    first, last = own.iloc[0], own.iloc[-1]
-    change = 100 * (last[column] / first[column] - 1)
-    return (
-        "by construction",
-        f"{number(first[column])} to {number(last[column])} {unit} ({change:+.1f} %) from "
-        f"{number(int(first['vocab_size']))} to {number(int(last['vocab_size']))} tokens of vocabulary",
-    )
+    own = load_vocabularies(results).query("own")
+    before, after = own[column].iloc[[0, -1]]
+    small, large = own["vocab_size"].iloc[[0, -1]]
+    effect = f"{number(before)} to {number(after)} {unit} ({100 * (after / before - 1):+.1f} %)"
+    return "by construction", f"{effect} from {number(small)} to {number(large)} tokens of vocabulary"
 
 
 @check("cheaper_training")
