@@ -23,8 +23,8 @@ from gpt2.report.panels import (
     INK,
     RED,
     STYLE,
+    add_legend,
     colour_ramp,
-    draw_legend,
     draw_level,
     make_panels,
     scale_log,
@@ -82,8 +82,7 @@ def plot_loss(results: Results) -> Figure:
     axes.set_ylim(top=min(axes.get_ylim()[1], 1.25 * uniform))
     axes.set(xlabel="Tokens seen", ylabel="Loss (nats per token)")
     axes.xaxis.set_major_formatter(EngFormatter())
-    draw_legend(figure, [axes])
-    return figure
+    return add_legend(figure)
 
 
 def plot_benchmark(results: Results) -> Figure:
@@ -98,8 +97,7 @@ def plot_benchmark(results: Results) -> Figure:
     draw_level(axes, 100 * HELLASWAG_CHANCE, "chance")
     axes.set(xlabel="Tokens seen", ylabel=f"Benchmark accuracy (% of {items:,} items)")
     axes.xaxis.set_major_formatter(EngFormatter())
-    draw_legend(figure, [axes])
-    return figure
+    return add_legend(figure)
 
 
 def plot_layers(results: Results) -> Figure:
@@ -116,8 +114,7 @@ def plot_layers(results: Results) -> Figure:
         axes.set_xticks(layers, ["emb." if layer == names.EMBEDDINGS else layer for layer in layers])
         axes.set(xlabel="Layer", ylabel=label)
         scale_log(axes)
-    draw_legend(figure, panels[:1])
-    return figure
+    return add_legend(figure)
 
 
 def plot_replicates(results: Results) -> Figure:
@@ -137,8 +134,7 @@ def plot_replicates(results: Results) -> Figure:
         axes.set(xlim=(-0.6, 0.6), xticks=[])
     for axes in panels[len(models.columns) :]:
         axes.set_visible(False)
-    draw_legend(figure, panels[:1])
-    return figure
+    return add_legend(figure)
 
 
 def plot_norm_study(results: Results) -> Figure:
@@ -173,8 +169,7 @@ def plot_norm_study(results: Results) -> Figure:
         if len(curves):
             # Single steps may be thousands of times above all others.
             axes.set_ylim(*curves["grad_norm"].quantile([0.001, 0.999]))
-    draw_legend(figure, panels[:1])
-    return figure
+    return add_legend(figure)
 
 
 def _draw_runs(axes: Axes, runs: pd.DataFrame, curves: pd.DataFrame, column: str) -> None:
@@ -204,8 +199,7 @@ def plot_norm_stalls(results: Results) -> Figure:
         axes.set_ylim(runs["grad_ratio"].min() / 2, 2 * runs["grad_ratio"].max())
     panels[0].set_ylabel("Gradient, first over last block")
     panels[0].plot([], [], "x", color=INK, label="stalled or diverged")
-    draw_legend(figure, panels[:1])
-    return figure
+    return add_legend(figure)
 
 
 def plot_tokenizer(results: Results) -> Figure:
@@ -225,8 +219,7 @@ def plot_tokenizer(results: Results) -> Figure:
                 axes.plot(rows["vocab_size"], rows[column], marker=marker, color=colour, markersize=5, **style)
         axes.set_ylabel(label)
         scale_vocabulary(axes, table["vocab_size"])
-    draw_legend(figure, panels, other_vocabulary=True)
-    return figure
+    return add_legend(figure)
 
 
 def plot_bands(results: Results) -> Figure:
@@ -245,8 +238,7 @@ def plot_bands(results: Results) -> Figure:
             axes.plot(range(len(bands)), values, marker="o", markersize=4, label=name, **styles[str(name)])
         axes.set_xticks(range(len(bands)), bands, rotation=30, ha="right", rotation_mode="anchor")
         axes.set(xlabel="Occurrences of the word in the training text", ylabel=label)
-    draw_legend(figure, panels[:1], columns=4)
-    return figure
+    return add_legend(figure, columns=4)
 
 
 def plot_vocabulary_runs(results: Results) -> Figure:
@@ -266,8 +258,7 @@ def plot_vocabulary_runs(results: Results) -> Figure:
         axes.set_title(title)
         scale_vocabulary(axes, table["vocab_size"].unique())
     panels[0].set_ylabel("Bits per byte of held-out text")
-    draw_legend(figure, panels[:1], other_vocabulary=True)
-    return figure
+    return add_legend(figure)
 
 
 def plot_heads(results: Results) -> Figure:
@@ -313,8 +304,7 @@ def plot_head_nulls(results: Results) -> Figure:
             draw_level(axes, results.value("heads.threshold"), "threshold of the reference")
         axes.set(title=title, xlabel="Layer", xticks=pairs["layer"].unique())
     panels[0].set_ylabel("Cosine similarity of two heads of a layer")
-    draw_legend(figure, panels[:1], columns=4)
-    return figure
+    return add_legend(figure, columns=4)
 
 
 def plot_prune(results: Results) -> Figure:
@@ -342,8 +332,7 @@ def plot_prune(results: Results) -> Figure:
     for repair in REPAIRS.values():
         panels[1].plot([], [], linestyle=REPAIR_LINES[repair], color=INK, label=repair)
     panels[0].set_ylabel("Rise of perplexity (%)")
-    draw_legend(figure, panels, columns=5)
-    return figure
+    return add_legend(figure, columns=5)
 
 
 def plot_prunability(results: Results) -> Figure:
@@ -386,8 +375,7 @@ def plot_similarities(results: Results) -> Figure:
     curves.fill_between(removed, rises["random_low"], rises["random_high"], color=GREY, alpha=0.2, linewidth=0)
     draw_level(curves, MAX_RISE_PERCENT)
     curves.set(xlabel="Heads removed (%)", ylabel="Rise of perplexity (%)")
-    draw_legend(figure, [ranking])
-    return figure
+    return add_legend(figure)
 
 
 def plot_prune_speed(results: Results) -> Figure:
@@ -406,24 +394,14 @@ def plot_prune_speed(results: Results) -> Figure:
         axes.set(xlabel=label, ylabel="Perplexity")
         axes.xaxis.set_major_locator(MaxNLocator(5))
         axes.xaxis.set_major_formatter("{x:,.0f}")
-    draw_legend(figure, panels[:1])
-    return figure
+    return add_legend(figure)
 
 
 FIGURES: Drawings = {
-    draw.__name__.removeprefix("plot_"): draw
-    for draw in (
-        *(plot_replicates, plot_loss, plot_benchmark, plot_layers, plot_norm_study, plot_norm_stalls, plot_tokenizer),
-        *(
-            plot_bands,
-            plot_vocabulary_runs,
-            plot_heads,
-            plot_head_nulls,
-            plot_prunability,
-            plot_prune,
-            plot_similarities,
-        ),
-    )
-}
+    "replicates": plot_replicates, "loss": plot_loss, "benchmark": plot_benchmark, "layers": plot_layers,
+    "norm_study": plot_norm_study, "norm_stalls": plot_norm_stalls, "tokenizer": plot_tokenizer, "bands": plot_bands,
+    "vocabulary_runs": plot_vocabulary_runs, "heads": plot_heads, "head_nulls": plot_head_nulls,
+    "prunability": plot_prunability, "prune": plot_prune, "similarities": plot_similarities,
+}  # fmt: skip
 # Drawn from measured times, which no second run repeats.
 TIMED_FIGURES: Drawings = {"prune_speed": plot_prune_speed}

@@ -34,7 +34,8 @@ def colour_ramp(count: int, lightest: float = 0.15) -> np.ndarray:
 
 
 def scale_vocabulary(axes: Axes, sizes: Iterable[int]) -> None:
-    """A logarithmic horizontal axis of vocabulary sizes."""
+    """A logarithmic horizontal axis of vocabulary sizes, and the label of points of GPT-2's own."""
+    axes.plot([], [], "o", color=INK, markerfacecolor="white", label="GPT-2's own vocabulary")
     axes.set(xscale="log", xlabel="Vocabulary size (tokens)")
     axes.set_xticks([*sizes], [f"{size / 1000:.3g}k" for size in sizes], rotation=45)
     axes.minorticks_off()
@@ -53,9 +54,11 @@ def draw_level(axes: Axes, value: float, label: str = "", linestyle: str = "--",
     axes.axhline(value, color=colour, linestyle=linestyle, linewidth=1, zorder=1, label=label)
 
 
-def draw_legend(figure: Figure, panels: list[Axes], columns: int = 6, other_vocabulary: bool = False) -> None:
-    """One legend above the panels."""
-    if other_vocabulary:
-        panels[0].plot([], [], "o", color=INK, markerfacecolor="white", label="GPT-2's own vocabulary")
-    handles = [handle for axes in panels for handle in axes.get_legend_handles_labels()[0]]
-    figure.legend(handles=handles, loc="outside upper center", ncols=columns)
+def add_legend(figure: Figure, columns: int = 6) -> Figure:
+    """Draw one legend above the panels, with each label once. Returns the figure."""
+    handles: dict[str, Any] = {}
+    for axes in figure.axes:
+        for handle, label in zip(*axes.get_legend_handles_labels(), strict=True):
+            handles.setdefault(label, handle)
+    figure.legend(handles.values(), handles.keys(), loc="outside upper center", ncols=columns)
+    return figure
