@@ -1,8 +1,8 @@
-"""A run that never was: the metrics and curves of all stages, for the tests of the report."""
+"""An invented run: the metrics and curves of all stages, for the tests of the report."""
 
-import json
 import math
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from itertools import product
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +13,7 @@ from gpt2.heads.similarity import HeadsConfig
 from gpt2.heads.study import summarise_heads
 from gpt2.model.config import GPTConfig
 from gpt2.norm_study.tables import tabulate_settings
-from gpt2.pipeline.files import write_csv, write_json
+from gpt2.pipeline.files import read_json, write_csv, write_json
 from gpt2.prune.similarity_orders import SIMILAR_ORDERS
 from gpt2.prune.single_heads import COST_PREDICTORS, COST_SIMILARITIES, HeadCost
 from gpt2.report.document import TIMED_STAGES
@@ -21,12 +21,14 @@ from gpt2.report.names import PRUNED_RATES
 from gpt2.report.results import Results
 
 NORMS = ("preln", "postln", "deepnorm")
-RUN_KEYS = ("arm", "norm", "max_lr", "warmup_steps", "seed")
-LAYER_COLUMNS = ("step", "layer", "grad_norm", "activation_norm")
+TRAIN_COLUMNS = "step tokens loss lr grad_norm"
+EVAL_COLUMNS = "step tokens val_loss hellaswag_acc hellaswag_acc_norm"
+LAYER_COLUMNS = "step layer grad_norm activation_norm"
+RUN_KEYS = "arm norm max_lr warmup_steps seed"
 CRITERIA = ("redundancy", "taylor", "magnitude", "random", "loss", "taylor_iterative")
-# Bits per byte at the best size, overall and of rare words: mean, lowest, highest, even guess.
+# Bits per byte at the best size, overall and of rare words: mean, lowest, highest, uniform guess.
 CENTRES = (2.5, 2.4, 2.6, 4.5, 4.0, 3.9, 4.1, 5.0)
-# Of a choice of heads, next to random sets.
+# A choice of heads compared with random sets.
 SETS = {"cheaper_random_sets_at_15": 40, "matched_random_sets_perplexity_rise_percent_at_15": 6.0,
         "cheaper_matched_random_sets_at_15": 3, "matched_random_sets_at_15": 199}  # fmt: skip
 # Figures of the two replicates that differ from those of the main model.
@@ -35,7 +37,7 @@ VOCABULARIES = {"bpe_1024": 1024, "bpe_4096": 4096, "bpe_16384": 16384, "gpt2": 
 
 
 def invent_run(root: Path, scale: str = "tiny", norm: str = "preln", n_layer: int = 4, n_head: int = 8) -> Results:
-    """Write what all stages leave behind: a run in which every claim holds that the scale can test."""
+    """Write the outputs of all stages: a run in which every claim that the scale can test holds."""
     settings = {
         "prepare": {"source": "fineweb_edu" if scale == "full" else "docs"},
         "benchmark": {"source": "hub" if scale == "full" else "heldout"},
@@ -44,39 +46,43 @@ def invent_run(root: Path, scale: str = "tiny", norm: str = "preln", n_layer: in
         "norm_study": {"n_layer": 12, "max_steps": 120},
     }
     write_json(root / "params.yaml", {"norm": norm, "scale": scale, scale: settings})
-    _invent_training(root)
-    _invent_layers(root, n_layer)
+    _invent_training(root, n_layer)
     _invent_norm_study(root)
     _invent_tokenizer_study(root)
     _invent_heads(root, n_layer, n_head)
     _invent_pruning(root, n_layer * n_head)
     _invent_replicates(root)
-    for stage in set(TIMED_STAGES) - {"prune"}:
-        write_json(root / f"metrics/speed/{stage}.json", {"seconds": 60.5, "peak_memory_gib": 0.75})
-    write_json(
-        root / "metrics/speed/train.json",
-        {"seconds": 12 * 3600, "peak_memory_gib": 1.5, "processes": 2, "tokens_per_s": 412_345.6},
-    )
+    for stage in {*TIMED_STAGES} - {"prune"}:
+        _write_metrics(root, f"speed/{stage}", seconds=60.5, peak_memory_gib=0.75)
+    times = {"seconds": 12 * 3600, "peak_memory_gib": 1.5, "processes": 2, "tokens_per_s": 412_345.6}
+    _write_metrics(root, "speed/train", **times)
     return Results(root, norm, scale, settings)
 
 
-def _invent_training(root: Path) -> None:
+def _write_metrics(root: Path, stem: str, **figures: float | str) -> None:
+    write_json(root / f"metrics/{stem}.json", figures)
+
+
+def _write_curve(root: Path, name: str, columns: str, rows: Iterable[Sequence]) -> None:
+    write_csv(root / f"plots/{name}.csv", columns.split(), rows)
+
+
+def _invent_training(root: Path, n_layer: int) -> None:
     rng = np.random.default_rng(0)
-    steps, tokens_per_step = 250, 4096
-    losses = 4.5 + 6.3 * np.exp(-np.arange(1, steps + 1) / 40) + rng.normal(0, 0.08, steps)
-    rows = [(s + 1, (s + 1) * tokens_per_step, losses[s], 1e-3, 0.8 + 3 / (s + 1)) for s in range(steps)]
-    write_csv(root / "plots/train/train.csv", ("step", "tokens", "loss", "lr", "grad_norm"), rows)
+    losses = 4.5 + 6.3 * np.exp(-np.arange(1, 251) / 40) + rng.normal(0, 0.08, 250)
+    rows = [(s, 4096 * s, loss, 1e-3, 0.8 + 3 / s) for s, loss in enumerate(losses, start=1)]
+    _write_curve(root, "train/train", TRAIN_COLUMNS, rows)
     evaluations = [
-        (s, s * tokens_per_step, 4.6 + 6.2 * math.exp(-s / 40), 0.24 + 0.0002 * s, 0.25 + 0.0006 * s)
-        for s in range(0, steps + 1, 50)
+        (s, 4096 * s, 4.6 + 6.2 * math.exp(-s / 40), 0.24 + 0.0002 * s, 0.25 + 0.0006 * s) for s in range(0, 251, 50)
     ]
-    columns = ("step", "tokens", "val_loss", "hellaswag_acc", "hellaswag_acc_norm")
-    write_csv(root / "plots/train/eval.csv", columns, evaluations)
-    write_csv(
-        root / "plots/generate/samples.csv",
-        ("prompt", "text"),
-        [("The array", 'is a <b>view</b> of | `x_y` *and*\n# "more"'), ("Return", "None"), ("A", "b")],
-    )
+    _write_curve(root, "train/eval", EVAL_COLUMNS, evaluations)
+    layers = [
+        (s, layer, 0.3 * math.exp(-s / 200) / (layer + 2), 0.05 * (layer + 2) * (1 + s / 50))
+        for s, layer in product(range(0, 251, 25), range(-1, n_layer))
+    ]
+    _write_curve(root, "train/layers", LAYER_COLUMNS, layers)
+    samples = [("The array", 'is a <b>view</b> of | `x_y` *and*\n# "more"'), ("Return", "None"), ("A", "b")]
+    _write_curve(root, "generate/samples", "prompt text", samples)
     train = {
         "n_params": 124_439_808, "steps": 95_365, "max_steps": 95_365, "tokens_per_step": 524_288, "epochs": 5.0,
         "tokens_seen": 49_999_000_000, "val_loss": 3.28, "val_perplexity": 26.6, "val_bits_per_byte": 1.01,
@@ -85,137 +91,103 @@ def _invent_training(root: Path) -> None:
         "attention_backend": "flash", "val_loss_late_fall_percent": 0.5, "hellaswag_acc_norm": 0.30,
         "hellaswag_first_acc_norm": 0.25, "hellaswag_rank_correlation": 0.9, "hellaswag_evaluations": 6,
     }  # fmt: skip
-    write_json(root / "metrics/train.json", train)
+    _write_metrics(root, "train", **train)
     scores = {"completion_acc": 0.28, "completion_acc_norm": 0.30, "harness_acc": 0.28, "harness_acc_norm": 0.31}
-    stderrs = {f"{key}_stderr": 0.0046 for key in scores}
-    clean = {
-        f"{key}_clean{end}": value for key, score in scores.items() for end, value in (("", score), ("_stderr", 0.005))
-    }
-    counts = {"items": 10_042, "documents": 9000, "clean_items": 10_000}
-    write_json(root / "metrics/hellaswag.json", {**counts, **scores, **stderrs, **clean})
-    documents = {"documents_train": 9800, "documents_val": 100, "documents_test": 100}
-    write_json(root / "metrics/prepare.json", documents)
-    tokens = {
-        "vocab_size": 50257,
-        "encoding": "gpt2",
-        "tokens_train": 9_800_000_000,
-        "benchmark_items": 2000,
-        "benchmark_items_in_train": 0,
-    }
-    write_json(root / "metrics/tokens.json", tokens)
+    ends = {"_stderr": 0.0046, "_clean_stderr": 0.005}
+    errors = {f"{key}{end}": value for key, (end, value) in product(scores, ends.items())}
+    clean = {f"{key}_clean": score for key, score in scores.items()}
+    _write_metrics(root, "hellaswag", items=10_042, documents=9000, clean_items=10_000, **scores, **errors, **clean)
+    _write_metrics(root, "prepare", documents_train=9800, documents_val=100, documents_test=100)
+    tokens = {"tokens_train": 9_800_000_000, "benchmark_items": 2000, "benchmark_items_in_train": 0}
+    _write_metrics(root, "tokens", vocab_size=50257, encoding="gpt2", **tokens)
 
 
 def _invent_replicates(root: Path) -> None:
-    """The main model and two others, whose figures are the same but for those of OTHERS."""
+    """The main model and two others, whose figures are the same except for those of OTHERS."""
     figures = {
         f"{stem}.{key}": value
         for stem in ("train", "hellaswag", "heads", "prune")
-        for key, value in json.loads((root / f"metrics/{stem}.json").read_text()).items()
+        for key, value in read_json(root / f"metrics/{stem}.json").items()
     }
-    models = [{"seed": 1337, **figures}]
-    models += [
-        {**models[0], "seed": seed, **{name: values[place] for name, values in OTHERS.items()}}
-        for place, seed in enumerate((1, 2))
-    ]
-    write_csv(root / "plots/replicates/models.csv", list(models[0]), [list(model.values()) for model in models])
-
-
-def _invent_layers(root: Path, n_layer: int) -> None:
-    rows = [
-        (step, layer, 0.3 * math.exp(-step / 200) / (layer + 2), 0.05 * (layer + 2) * (1 + step / 50))
-        for step in range(0, 251, 25)
-        for layer in range(-1, n_layer)
-    ]
-    write_csv(root / "plots/train/layers.csv", LAYER_COLUMNS, rows)
+    models = pd.DataFrame([{"seed": seed, **figures} for seed in (1337, 1, 2)])
+    models = models.assign(**{name: [figures[name], *values] for name, values in OTHERS.items()})
+    (root / "plots/replicates").mkdir(exist_ok=True)
+    models.to_csv(root / "plots/replicates/models.csv", index=False)
 
 
 def _invent_norm_study(root: Path) -> None:
     """Pre-LN learns everywhere. Post-LN spikes at the higher rate with a warm-up, and stalls there without one."""
     rng = np.random.default_rng(1)
     learns = 4 + 5 * np.exp(-np.arange(120) / 30) + rng.normal(0, 0.05, 120)
-    stalls = np.maximum(learns, 6.8)
-    settings = [("main", norm, lr, warmup) for norm in NORMS for lr in (3e-3, 1e-3) for warmup in (0, 10)]
-    settings += [("muon", norm, 1e-3, 10) for norm in NORMS]
+    settings = [*product(["main"], NORMS, (3e-3, 1e-3), (0, 10)), *product(["muon"], NORMS, [1e-3], [10])]
     runs, steps = [], []
     for setting in settings:
-        spikes, stalled = (int(setting == ("main", "postln", 3e-3, place)) for place in (10, 0))
-        curve = stalls if stalled else learns
+        spikes, stalled = (int(setting == ("main", "postln", 3e-3, warmup)) for warmup in (10, 0))
+        curve = np.maximum(learns, 6.8) if stalled else learns
         loss = 6.9 if stalled else 4.0 + 100 * setting[2]
         faults = (spikes, 0, -1, stalled, 5.5, 1.0 if stalled else 0.2, 1e-4 if stalled else 0.8)
         for seed in (1, 2):
             runs.append((*setting, seed, loss, *faults))
             steps += [(*setting, seed, s + 1, curve[s], 0.3 * curve[s]) for s in range(120)]
-    columns = (*RUN_KEYS, "val_loss", "loss_spikes", "diverged", "diverged_at_step", "stalled", "max_grad_norm",
-               "token_cosine", "grad_ratio")  # fmt: skip
-    write_csv(root / "plots/norm_study/runs.csv", columns, runs)
-    write_csv(root / "plots/norm_study/curves.csv", (*RUN_KEYS, "step", "loss", "grad_norm"), steps)
-    figures = {"unigram_entropy": 6.8, "unigram_val_loss": 6.85, "postln_rough_cmh_p": 0.03, "postln_lost_cmh_p": 0.02}
-    write_json(root / "metrics/norm_study.json", figures)
+    outcomes = "val_loss loss_spikes diverged diverged_at_step stalled max_grad_norm token_cosine grad_ratio"
+    _write_curve(root, "norm_study/runs", f"{RUN_KEYS} {outcomes}", runs)
+    _write_curve(root, "norm_study/curves", f"{RUN_KEYS} step loss grad_norm", steps)
+    p_values = {"postln_rough_cmh_p": 0.03, "postln_lost_cmh_p": 0.02}
+    _write_metrics(root, "norm_study", unigram_entropy=6.8, unigram_val_loss=6.85, **p_values)
     _tabulate_norms(root)
 
 
 def _tabulate_norms(root: Path) -> None:
     """Make the table of the norm study and the counts of its metrics from its runs."""
-    folder, metrics = root / "plots/norm_study", root / "metrics/norm_study.json"
-    runs = pd.read_csv(folder / "runs.csv")
-    tabulate_settings(runs).to_csv(folder / "table.csv", index=False)
+    runs = pd.read_csv(root / "plots/norm_study/runs.csv")
+    tabulate_settings(runs).to_csv(root / "plots/norm_study/table.csv", index=False)
     main = runs[runs["arm"] == "main"]
     bad = {"rough": main["loss_spikes"] + main["diverged"] > 0, "lost": main["stalled"] + main["diverged"] > 0}
-    figures = json.loads(metrics.read_text())
+    figures = read_json(root / "metrics/norm_study.json")
     for norm in NORMS:
         figures[f"{norm}_runs"] = int((main["norm"] == norm).sum())
         figures |= {f"{norm}_{kind}_runs": int((some & (main["norm"] == norm)).sum()) for kind, some in bad.items()}
-    write_json(metrics, figures)
+    _write_metrics(root, "norm_study", **figures)
 
 
 def _invent_tokenizer_study(root: Path) -> None:
-    groups = ("rare", "compound", "technical")
     columns = (
-        *("name", "vocab_size", "bytes_per_token", "flops_per_byte", *(f"{g}_tokens_per_word" for g in groups)),
-        *("tokens_per_document", "documents_in_context_percent", "renyi_efficiency", "tokens_per_word"),
-        *("words_kept_whole_percent", "words_in_three_or_more_percent", "embedding_params"),
-        *("embedding_params_percent", "logits_bytes"),
+        "name vocab_size bytes_per_token flops_per_byte rare_tokens_per_word compound_tokens_per_word "
+        "technical_tokens_per_word tokens_per_document documents_in_context_percent renyi_efficiency tokens_per_word "
+        "words_kept_whole_percent words_in_three_or_more_percent embedding_params embedding_params_percent logits_bytes"
     )
     rows = [
         (name, size, 0.4 * math.log(size), 4e6 - 300 * size / 10, *(c - 0.25 * math.log(size) for c in (5.1, 4.4, 4.8)),
          300.0, 40.0, 0.5, 1.5, 70.0, 9.0, 128 * size, 60.0, 512 * size)
         for name, size in VOCABULARIES.items()
     ]  # fmt: skip
-    write_csv(root / "plots/tokenizer/vocabularies.csv", columns, rows)
+    _write_curve(root, "tokenizer/vocabularies", columns, rows)
     bands = [
         (name, size, band, 5 + place - 0.25 * math.log(size), 10.0 * place)
         for name, size in VOCABULARIES.items()
         for place, band in enumerate(("100 or more", "10 to 99", "once"))
     ]
-    columns = ("name", "vocab_size", "band", "tokens_per_word", "words_in_three_or_more_percent")
-    write_csv(root / "plots/tokenizer/bands.csv", columns, bands)
+    columns = "name vocab_size band tokens_per_word words_in_three_or_more_percent"
+    _write_curve(root, "tokenizer/bands", columns, bands)
     # At the smaller budget the middle size is best, at the larger one the largest of those trained here.
     runs = [
         (budget, name, size, 3, 100, 10**6, 0, *(c + rise * math.log(size / best) ** 2 for c in CENTRES))
         for budget, best, rise in ((1e10, 4096, 0.1), (1e11, 32768, 0.05))
         for name, size in VOCABULARIES.items()
     ]
-    bits = (
-        f"{part}{key}"
-        for part in ("", "rare_")
-        for key in ("bits_per_byte", "bits_per_byte_low", "bits_per_byte_high", "even_bits_per_byte")
-    )
-    columns = ("budget", "name", "vocab_size", "seeds", "steps", "bytes", "diverged", *bits)
-    write_csv(root / "plots/tokenizer/runs_table.csv", columns, runs)
+    bits = "{0}bits_per_byte {0}bits_per_byte_low {0}bits_per_byte_high {0}even_bits_per_byte"
+    columns = f"budget name vocab_size seeds steps bytes diverged {bits.format('')} {bits.format('rare_')}"
+    _write_curve(root, "tokenizer/runs_table", columns, runs)
     table = pd.read_csv(root / "plots/tokenizer/runs_table.csv")
     seeds = [table.assign(seed=seed, chosen=1, lr=1e-3) for seed in (1, 2, 3)]
     # Small differences between seeds, the same for all vocabularies.
     for place, runs_of_seed in enumerate(seeds):
         runs_of_seed[["bits_per_byte", "rare_bits_per_byte"]] += 0.01 * place
     pd.concat(seeds).to_csv(root / "plots/tokenizer/runs.csv", index=False)
-    figures = {"runs_eval_bytes": 40_000, "runs_rare_bytes": 900, "cheaper_above_n_embd": 256}
-    write_json(root / "metrics/tokenizer.json", figures)
-    examples = [
-        ("nan", "rare", *["nan"] * len(VOCABULARIES)),
-        ("dataframe", "compound", *["data|frame"] * len(VOCABULARIES)),
-        ("a_b`c<d>", "technical", *["a|_b`|c<d>"] * len(VOCABULARIES)),
-    ]
-    write_csv(root / "plots/tokenizer/examples.csv", ("word", "group", *VOCABULARIES), examples)
+    _write_metrics(root, "tokenizer", runs_eval_bytes=40_000, runs_rare_bytes=900, cheaper_above_n_embd=256)
+    words = {("nan", "rare"): "nan", ("dataframe", "compound"): "data|frame", ("a_b`c<d>", "technical"): "a|_b`|c<d>"}
+    examples = [(*word, *[pieces] * len(VOCABULARIES)) for word, pieces in words.items()]
+    _write_curve(root, "tokenizer/examples", f"word group {' '.join(VOCABULARIES)}", examples)
 
 
 def _invent_heads(root: Path, n_layer: int, n_head: int) -> None:
@@ -230,37 +202,40 @@ def _invent_heads(root: Path, n_layer: int, n_head: int) -> None:
     tables, figures = summarise_heads(config, matrices, rules)
     for name, table in tables.items():
         write_csv(root / f"plots/head_similarity/{name}.csv", list(table.columns), table.itertuples(index=False))
-    claimed = {
-        "redundant_pairs": 8, "redundant_heads": 11, "redundant_pairs_middle_percent": 75.0,
-        "pairs_above_untrained_centred_threshold_percent": 60.0, "pairs_above_shuffled_centred_threshold_percent": 20.0,
-    }  # fmt: skip
-    write_json(root / "metrics/heads.json", {**figures, **claimed})
+    shares = {"untrained": 60.0, "shuffled": 20.0}
+    claimed = {"redundant_pairs": 8, "redundant_heads": 11, "redundant_pairs_middle_percent": 75.0}
+    claimed |= {f"pairs_above_{null}_centred_threshold_percent": share for null, share in shares.items()}
+    _write_metrics(root, "heads", **{**figures, **claimed})
 
 
 def _invent_pruning(root: Path, n_heads: int) -> None:
+    # The perplexity is 30 times e to the power of the share of removed heads times these.
     plain = dict(zip((*CRITERIA, "random_low", "random_high"), (1, 0.8, 2.5, 1.5, 0.5, 0.7, 1.1, 2.2), strict=True))
     powers = plain | {f"{name}_refit": power / 2 for name, power in plain.items() if "_" not in name}
     powers |= {"random_refit_low": 0.5, "random_refit_high": 1.1}
     powers |= {"redundancy_stepwise": 0.4, "taylor_stepwise": 0.3}
     powers |= {"redundancy_merge": 0.7, "redundancy_merge_refit": 0.35, "redundancy_mean": 0.9, "taylor_mean": 0.7}
-    columns = ("heads_removed", "heads_removed_percent", *powers,
-               "params", "flops_per_token", "kv_cache_bytes_per_token", "memory_bytes")  # fmt: skip
     counts = range(0, n_heads, max(1, n_heads // 16))
     rows = []
     for removed in counts:
-        share = removed / n_heads
-        rises = [30 * math.exp(power * share) for power in powers.values()]
+        rises = [30 * math.exp(power * (removed / n_heads)) for power in powers.values()]
         costs = (10**6 - 1000 * removed, 10**7 - 9000 * removed, 8192 - 64 * removed, 10**7 - 5000 * removed)
-        rows.append((removed, 100 * share, *rises, *costs))
-    write_csv(root / "plots/prune/frontier.csv", columns, rows)
+        rows.append((removed, 100 * (removed / n_heads), *rises, *costs))
+    sizes = "params flops_per_token kv_cache_bytes_per_token memory_bytes"
+    _write_curve(root, "prune/frontier", f"heads_removed heads_removed_percent {' '.join(powers)} {sizes}", rows)
     costs = [
         (layer, head, *[0.1 * head] * len(COST_SIMILARITIES), 0.2 * layer, 0.01 * head - 0.02)
-        for layer in range(4)
-        for head in range(8)
+        for layer, head in product(range(4), range(8))
     ]
-    write_csv(root / "plots/prune/heads.csv", HeadCost._fields, costs)
-    _invent_similarities(root, counts[1:])
-    metrics = {
+    _write_curve(root, "prune/heads", " ".join(HeadCost._fields), costs)
+    similarities = [
+        (order, count, count + place, count, count + 2 * place + 1, place - 4.5, place - 6, place - 3)
+        for (place, order), count in product(enumerate(("redundancy", *SIMILAR_ORDERS)), counts[1:])
+    ]
+    columns = "order heads_removed rise_percent low high above_random_percent above_random_low above_random_high"
+    _write_curve(root, "prune/similarities", columns, similarities)
+    rise_key = "perplexity_rise_percent_at_15"
+    metrics: dict[str, float] = {
         "baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0], "calibration_tokens": 16384,
         "pruned_heads": rows[3][0], "pruned_perplexity": 30.5, "random_sets": 199, "recovery_steps": 0,
         "attention_loss": 0.9, "pruned_perplexity_rise_percent": 1.7,
@@ -268,46 +243,32 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
     for column in powers:
         prefix = "" if column == "redundancy" else f"{column}_"
         rise, most = (2.1, 37.5) if column not in plain else (3.1, 18.75)
-        metrics |= {f"{prefix}perplexity_rise_percent_at_15": rise, f"{prefix}max_pruned_percent_below_5": most}
-        metrics |= {f"{prefix}perplexity_rise_percent_at_15_{end}": rise + by for end, by in (("low", -1), ("high", 1))}
-        metrics |= {f"{prefix}{key}": value for key, value in SETS.items()}
+        metrics |= {f"{prefix}{rise_key}{end}": rise + by for end, by in {"": 0, "_low": -1, "_high": 1}.items()}
+        metrics |= {f"{prefix}max_pruned_percent_below_5": most, **{f"{prefix}{key}": SETS[key] for key in SETS}}
     for place, order in enumerate(SIMILAR_ORDERS):
         prefix = f"similarity_{order}_"
         ends = {"": 2.0 + place / 2, "_low": 1.0, "_high": 9.0}
-        metrics |= {f"{prefix}perplexity_rise_percent_at_15{end}": value for end, value in ends.items()}
+        metrics |= {f"{prefix}{rise_key}{end}": value for end, value in ends.items()}
         metrics |= {f"{prefix}{key}": value for key, value in SETS.items()}
         metrics[f"{prefix}cheaper_random_sets_at_15"] = 10 * place
-    for end, rise in {"": 4.5, "low_": 1.2, "high_": 9.5}.items():
-        metrics[f"random_sets_{end}perplexity_rise_percent_at_15"] = rise
-    metrics["random_perplexity_rise_percent_at_15"] = 4.9
-    for name in ("whole", "redundancy_at_15", "pruned"):
-        scores = {"": 0.3, "_stderr": 0.01, "_difference": -0.01, "_difference_margin": 0.02, "_p": 0.25}
-        metrics |= {f"{name}_hellaswag_acc_norm{end}": value for end, value in scores.items()}
+    metrics |= {f"random_sets_{end}{rise_key}": rise for end, rise in {"": 4.5, "low_": 1.2, "high_": 9.5}.items()}
+    metrics[f"random_{rise_key}"] = 4.9
+    scores = {"": 0.3, "_stderr": 0.01, "_difference": -0.01, "_difference_margin": 0.02, "_p": 0.25}
+    models = ("whole", "redundancy_at_15", "pruned")
+    metrics |= {f"{m}_hellaswag_acc_norm{end}": value for m, (end, value) in product(models, scores.items())}
     ends = {"": -0.4, "_low": -0.6, "_high": -0.1, "_p": 0.04}
-    kinds = [f"{name}_rank_correlation{place}" for name in COST_PREDICTORS for place in ("", "_in_layer")]
-    metrics |= {f"{kind}{end}": value for kind in kinds for end, value in ends.items()}
-    write_json(root / "metrics/prune.json", metrics)
-    models = [(f"heads_removed_{count}", 1 + count / n_heads) for count in counts] + [("pruned", 1.2)]
-    rates = {f"{name}_{rate}": 1000.5 * faster for name, faster in models for rate in PRUNED_RATES}
-    write_json(root / "metrics/speed/prune.json", {"seconds": 60.5, "peak_memory_gib": 0.75, **rates})
-
-
-def _invent_similarities(root: Path, counts: Sequence[int]) -> None:
-    columns = ("order", "heads_removed", "rise_percent", "low", "high",
-               "above_random_percent", "above_random_low", "above_random_high")  # fmt: skip
-    rows = [
-        (order, count, count + place, count, count + 2 * place + 1, place - 4.5, place - 6, place - 3)
-        for place, order in enumerate(("redundancy", *SIMILAR_ORDERS))
-        for count in counts
-    ]
-    write_csv(root / "plots/prune/similarities.csv", columns, rows)
+    kinds = [f"{name}_rank_correlation{place}" for name, place in product(COST_PREDICTORS, ("", "_in_layer"))]
+    metrics |= {f"{kind}{end}": value for kind, (end, value) in product(kinds, ends.items())}
+    _write_metrics(root, "prune", **metrics)
+    faster = {f"heads_removed_{count}": 1 + count / n_heads for count in counts} | {"pruned": 1.2}
+    rates = {f"{name}_{rate}": 1000.5 * faster[name] for name, rate in product(faster, PRUNED_RATES)}
+    _write_metrics(root, "speed/prune", seconds=60.5, peak_memory_gib=0.75, **rates)
 
 
 def set_metric(root: Path, name: str, value: float | str) -> None:
     """Change the metric file.key, of every model if it is one of a model."""
     stem, key = name.split(".")
-    path = root / "metrics" / f"{stem}.json"
-    write_json(path, {**json.loads(path.read_text()), key: value})
+    _write_metrics(root, stem, **{**read_json(root / f"metrics/{stem}.json"), key: value})
     models = pd.read_csv(root / "plots/replicates/models.csv")
     if name in models:
         set_models(root, name, [value] * len(models))
@@ -316,35 +277,12 @@ def set_metric(root: Path, name: str, value: float | str) -> None:
 def set_models(root: Path, name: str, values: Sequence[float | str]) -> None:
     """Change a figure of the models, one value for each; fewer values leave fewer models."""
     path = root / "plots/replicates/models.csv"
-    models = pd.read_csv(path).iloc[: len(values)].copy()
-    models[name] = values
-    models.to_csv(path, index=False)
-
-
-def write_evaluations(root: Path, rows: list[tuple]) -> None:
-    """Replace the evaluations of the run."""
-    write_csv(
-        root / "plots/train/eval.csv", ("step", "tokens", "val_loss", "hellaswag_acc", "hellaswag_acc_norm"), rows
-    )
-
-
-def break_off(root: Path) -> None:
-    """Let the run diverge in its third step, before a second evaluation, and Post-LN in step 40 of the norm study."""
-    columns = ("step", "tokens", "loss", "lr", "grad_norm")
-    rows = [(1, 4096, 10.8, 1e-3, 2.0), (2, 8192, 2e6, 1e-3, 1e9), (3, 12288, math.nan, 1e-3, math.inf)]
-    write_csv(root / "plots/train/train.csv", columns, rows)
-    write_evaluations(root, [(0, 0, 10.9, 0.24, 0.25)])
-    for key, value in {"diverged": 1, "diverged_at_step": 3, "tokens_per_step": 4096, "val_loss": 10.9}.items():
-        set_metric(root, f"train.{key}", value)
-    write_csv(root / "plots/train/layers.csv", LAYER_COLUMNS, [(0, -1, 1.0, 0.02), (0, 0, math.nan, math.inf)])
-    folder = root / "plots/norm_study"
-    set_norm_study(root, "postln", val_loss=math.nan, diverged=1, diverged_at_step=40, stalled=0)
-    curves = pd.read_csv(folder / "curves.csv")
-    curves[(curves["norm"] != "postln") | (curves["step"] <= 40)].to_csv(folder / "curves.csv", index=False)
+    models = pd.read_csv(path).head(len(values))
+    models.assign(**{name: values}).to_csv(path, index=False)
 
 
 def set_norm_study(root: Path, norm: str, seeds: Sequence[int] = (1, 2), **values: float) -> None:
-    """Set columns of the runs of a norm in the norm study, and make the table anew."""
+    """Set columns of the runs of a norm in the norm study, and make the table again."""
     path = root / "plots/norm_study/runs.csv"
     runs = pd.read_csv(path)
     runs.loc[(runs["norm"] == norm) & runs["seed"].isin(seeds), list(values)] = list(values.values())
@@ -352,11 +290,25 @@ def set_norm_study(root: Path, norm: str, seeds: Sequence[int] = (1, 2), **value
     _tabulate_norms(root)
 
 
+def break_off(root: Path) -> None:
+    """Let the run diverge in its third step, before a second evaluation, and Post-LN in step 40 of the norm study."""
+    rows = [(1, 4096, 10.8, 1e-3, 2.0), (2, 8192, 2e6, 1e-3, 1e9), (3, 12288, math.nan, 1e-3, math.inf)]
+    _write_curve(root, "train/train", TRAIN_COLUMNS, rows)
+    _write_curve(root, "train/eval", EVAL_COLUMNS, [(0, 0, 10.9, 0.24, 0.25)])
+    _write_curve(root, "train/layers", LAYER_COLUMNS, [(0, -1, 1.0, 0.02), (0, 0, math.nan, math.inf)])
+    for key, value in {"diverged": 1, "diverged_at_step": 3, "tokens_per_step": 4096, "val_loss": 10.9}.items():
+        set_metric(root, f"train.{key}", value)
+    set_norm_study(root, "postln", val_loss=math.nan, diverged=1, diverged_at_step=40, stalled=0)
+    path = root / "plots/norm_study/curves.csv"
+    curves = pd.read_csv(path)
+    curves[(curves["norm"] != "postln") | (curves["step"] <= 40)].to_csv(path, index=False)
+
+
 def load_weights(root: Path) -> None:
     """Let the run have trained nothing, as with weights from elsewhere."""
-    write_csv(root / "plots/train/train.csv", ("step", "tokens", "loss", "lr", "grad_norm"), [])
-    write_csv(root / "plots/train/layers.csv", LAYER_COLUMNS, [])
-    write_evaluations(root, [(0, 0, 3.3, 0.28, 0.29)])
+    _write_curve(root, "train/train", TRAIN_COLUMNS, [])
+    _write_curve(root, "train/layers", LAYER_COLUMNS, [])
+    _write_curve(root, "train/eval", EVAL_COLUMNS, [(0, 0, 3.3, 0.28, 0.29)])
     loaded = {"init_from": "models/openai", "init_sha256": "0123abcd", "train_loss": 3.25, "val_loss": 3.3, "steps": 0}
     for key, value in loaded.items():
         set_metric(root, f"train.{key}", value)

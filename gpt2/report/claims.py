@@ -12,6 +12,7 @@ from functools import partial
 import numpy as np
 import pandas as pd
 
+from gpt2.pipeline.params import SCALES
 from gpt2.report import verdicts
 from gpt2.report.markdown import load_template, number, write_spread
 from gpt2.report.names import GPT2_VOCABULARY, MAIN_ARM, SIMILARITIES, pruning_prefix
@@ -39,7 +40,6 @@ REPAIR_GAIN = 2
 HELLASWAG_CHANCE = 0.25
 # Attention kernels that never hold a T x T matrix of scores.
 FUSED_ATTENTION = ("flash", "cudnn", "efficient")
-SCALES = ("tiny", "short", "full")
 ON_MODELS = "95 % t interval over models"
 
 Finding = tuple[Verdict, str]

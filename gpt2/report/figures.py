@@ -16,6 +16,7 @@ from matplotlib.ticker import EngFormatter, MaxNLocator
 
 from gpt2.pipeline.files import atomic_path
 from gpt2.report import names
+from gpt2.report.claims import HELLASWAG_CHANCE, MAX_RISE_PERCENT
 from gpt2.report.names import CRITERIA, REPAIRED, REPAIRS, SIMILARITIES, split_pruning
 from gpt2.report.panels import (
     GREEN,
@@ -39,15 +40,13 @@ NORM_COLOURS = {"preln": "#0072b2", "postln": "#d55e00", "deepnorm": GREEN}
 NULL_COLOURS = {"shuffled": ("shuffled tokens", RED), "untrained": ("untrained model", GREY)}
 GROUP_COLOURS = dict(zip(names.WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), strict=True))
 CRITERION_COLOURS = dict(zip(CRITERIA, (RED, "#e69f00", "#d55e00", "#56b4e9", GREY, GREEN), strict=True))
-SIMILARITY_COLOURS = (*("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee", "#882255"),)
+SIMILARITY_COLOURS = ("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee", "#882255")
 MARKERS = "os^Dv*"
 REPAIR_LINES: dict[str, Any] = dict(
     zip(("none", *REPAIRS.values()), ("-", "-", "-.", ":", "--", (0, (1, 3))), strict=True)
 )
 RUN = ["arm", "norm", "max_lr", "warmup_steps", "seed"]  # identifies a run of the norm study
 MAX_STEPS = 6  # lines per panel that can be distinguished
-MAX_RISE_PERCENT = 5
-HELLASWAG_CHANCE = 0.25
 RISES = (-50, -20, -10, 0, 5, 10, 20, 50, 100, 200, 500, 1_000, 10_000, 100_000)
 
 
