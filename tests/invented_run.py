@@ -281,11 +281,11 @@ def set_models(root: Path, name: str, values: Sequence[float | str]) -> None:
     models.assign(**{name: values}).to_csv(path, index=False)
 
 
-def set_norm_study(root: Path, norm: str, seeds: Sequence[int] = (1, 2), **values: float) -> None:
-    """Set columns of the runs of a norm in the norm study, and make the table again."""
+def set_norm_study(root: Path, rows: str, **values: float) -> None:
+    """Set columns of the runs of the norm study that `rows` selects (a pandas query), and make the table again."""
     path = root / "plots/norm_study/runs.csv"
     runs = pd.read_csv(path)
-    runs.loc[(runs["norm"] == norm) & runs["seed"].isin(seeds), list(values)] = list(values.values())
+    runs.loc[runs.query(rows).index, list(values)] = list(values.values())
     runs.to_csv(path, index=False)
     _tabulate_norms(root)
 
@@ -298,7 +298,7 @@ def break_off(root: Path) -> None:
     _write_curve(root, "train/layers", LAYER_COLUMNS, [(0, -1, 1.0, 0.02), (0, 0, math.nan, math.inf)])
     for key, value in {"diverged": 1, "diverged_at_step": 3, "tokens_per_step": 4096, "val_loss": 10.9}.items():
         set_metric(root, f"train.{key}", value)
-    set_norm_study(root, "postln", val_loss=math.nan, diverged=1, diverged_at_step=40, stalled=0)
+    set_norm_study(root, "norm == 'postln'", val_loss=math.nan, diverged=1, diverged_at_step=40, stalled=0)
     path = root / "plots/norm_study/curves.csv"
     curves = pd.read_csv(path)
     curves[(curves["norm"] != "postln") | (curves["step"] <= 40)].to_csv(path, index=False)

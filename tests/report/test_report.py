@@ -13,10 +13,8 @@ import pytest
 
 from gpt2.pipeline import stage
 from gpt2.pipeline.files import UserError, write_csv, write_json
-from gpt2.report import tables
+from gpt2.report import document, tables
 from gpt2.report.claims import CLAIMS, TIMED_CLAIM
-from gpt2.report.document import judge_claims, summarise_claims
-from gpt2.report.document import write_report as write_with_claims
 from gpt2.report.figures import FIGURES, TIMED_FIGURES
 from gpt2.report.markdown import literal, number, table, to_html, write_spread
 from gpt2.report.results import Results, stage_of
@@ -32,9 +30,14 @@ SECTIONS = [
 ]
 
 
-def write_report(results: Results, links: dict[str, str]) -> str:
+@pytest.fixture
+def results(tmp_path) -> Results:
+    return invent_run(tmp_path)
+
+
+def write_report(results: Results) -> str:
     """The report with its claims judged."""
-    return write_with_claims(results, judge_claims(results), links)
+    return document.write_report(results, document.judge_claims(results), LINKS)
 
 
 def read_tables(text: str) -> list[pd.DataFrame]:
@@ -52,8 +55,8 @@ def cell(text: str, row: str, column: str) -> str:
     raise AssertionError(f"no table has the row {row} and the column {column}")
 
 
-def test_sections_figures_and_claims_are_all_there(tmp_path):
-    text = write_report(invent_run(tmp_path), LINKS)
+def test_sections_figures_and_claims_are_all_there(results):
+    text = write_report(results)
     assert re.findall(r"^## (.+)$", text, flags=re.MULTILINE) == SECTIONS
     assert sorted(re.findall(r"!\[[^]]+\]\(([^)]+)\)", text)) == sorted(LINKS.values())
     judged = pd.concat(found for found in read_tables(text) if "Rule" in found)
@@ -79,40 +82,31 @@ def test_sections_figures_and_claims_are_all_there(tmp_path):
         ("speed/hellaswag.seconds", 12.25, "hellaswag", "Seconds", "12.25"),
     ],
 )  # fmt: skip
-def test_a_metric_is_in_its_cell(tmp_path, metric, value, row, column, written):
-    results = invent_run(tmp_path)
+def test_a_metric_is_in_its_cell(tmp_path, results, metric, value, row, column, written):
     set_metric(tmp_path, metric, value)
-    assert cell(write_report(results, LINKS), row, column) == written
+    assert cell(write_report(results), row, column) == written
 
 
-@pytest.mark.parametrize(
-    ("missing", "stage"),
-    [
-        ("train.val_loss", "train"),
-        ("heads.redundant_pairs", "head-similarity"),
-        ("norm_study.unigram_val_loss", "norm-study"),
-    ],
-)
-def test_a_missing_metric_is_named_with_file_key_and_stage(tmp_path, missing, stage):
-    results = invent_run(tmp_path)
-    stem, key = missing.split(".")
+@pytest.mark.parametrize("name", ["train.val_loss", "heads.redundant_pairs", "norm_study.unigram_val_loss"])
+def test_a_missing_metric_is_named_with_file_key_and_stage(tmp_path, results, name):
+    stem, key = name.split(".")
     path = tmp_path / "metrics" / f"{stem}.json"
-    write_json(path, {name: value for name, value in json.loads(path.read_text()).items() if name != key})
-    with pytest.raises(UserError, match=rf"metrics/{stem}.json lacks the key {key}.*{stage}"):
-        write_report(results, LINKS)
+    write_json(path, {other: value for other, value in json.loads(path.read_text()).items() if other != key})
+    with pytest.raises(
+        UserError, match=rf"metrics/{stem}.json .*{key}.*dvc repro .*{stage_of(path.relative_to(tmp_path))}"
+    ):
+        write_report(results)
 
 
-def test_missing_files_columns_and_rows_are_named(tmp_path):
-    results = invent_run(tmp_path)
-    write_csv(tmp_path / "plots/prune/frontier.csv", ("heads_removed",), [])
-    with pytest.raises(UserError, match=r"plots/prune/frontier.csv lacks the column params"):
-        write_report(results, LINKS)
-    (tmp_path / "plots/head_similarity/layers.csv").unlink()
-    with pytest.raises(UserError, match=r"plots/head_similarity/layers.csv does not exist.*head-similarity"):
-        write_report(results, LINKS)
-    (tmp_path / "metrics/tokens.json").unlink()
-    with pytest.raises(UserError, match=r"metrics/tokens.json does not exist"):
-        write_report(results, LINKS)
+def test_missing_files_columns_and_rows_are_named(tmp_path, results):
+    for path, change, match in (
+        ("plots/prune/frontier.csv", lambda path: write_csv(path, ("heads_removed",), []), "column params"),
+        ("plots/head_similarity/layers.csv", Path.unlink, "does not exist.*head-similarity"),
+        ("metrics/tokens.json", Path.unlink, "does not exist"),
+    ):
+        change(tmp_path / path)
+        with pytest.raises(UserError, match=f"{path} .*{match}"):
+            write_report(results)
     write_csv(tmp_path / "plots/train/eval.csv", ("tokens", "val_loss"), [])
     with pytest.raises(UserError, match=r"plots/train/eval.csv has no rows"):
         results.table("train/eval.csv", ["val_loss"])
@@ -124,23 +118,22 @@ def test_stages_are_named_as_in_the_pipeline():
     assert stage_of(Path("plots/head_similarity/pairs.csv")) == "head-similarity"
 
 
-def test_the_summary_counts_verdicts_and_names_each(tmp_path):
-    rows = judge_claims(invent_run(tmp_path))
-    summary = summarise_claims(rows)
+def test_the_summary_counts_verdicts_and_names_each(results):
+    rows = document.judge_claims(results)
+    summary = document.summarise_claims(rows)
     verdicts = {key.removeprefix("verdict_"): value for key, value in summary.items() if key.startswith("verdict_")}
     assert verdicts == {row.claim.key: row.verdict for row in rows} and len(verdicts) == len(CLAIMS)
     assert summary["claims_by_construction"] == [*verdicts.values()].count("by construction") == 5
     assert sum(value for key, value in summary.items() if key.startswith("claims_")) == len(CLAIMS)
 
 
-def test_replicates_have_mean_deviation_and_interval(tmp_path):
-    results = invent_run(tmp_path)
-    text = write_report(results, LINKS)
+def test_replicates_have_mean_deviation_and_interval(tmp_path, results):
+    text = write_report(results)
     assert cell(text, "Validation loss (nats per token)", "Mean ± SD (n)") == "3.2800 ± 0.0010 (3)"
     assert cell(text, "HellaSwag harness acc_norm (%)", "Mean ± SD (n)") == "31 ± 0 (3)"
     assert cell(text, "Validation bits per byte", "95 % interval of the mean") == "0.9852 to 1.035"
     set_models(tmp_path, "seed", [1337])
-    text = write_report(Results(tmp_path, results.norm, results.scale, results.settings), LINKS)
+    text = write_report(results)
     assert cell(text, "Validation loss (nats per token)", "Mean ± SD (n)") == "–"
     assert cell(text, "Pairs of heads above 0.85", "Main model") == "8" and "One model;" in text
 
@@ -152,9 +145,10 @@ def test_a_spread_is_that_of_the_sample():
     assert write_spread(pd.Series([1.0, math.nan])) == write_interval(pd.Series([1.0, math.nan])) == "–"
 
 
-def test_the_norm_study_counts_runs_that_learned_at_each_setting(tmp_path):
-    results = invent_run(tmp_path)
-    set_norm_study(tmp_path, "postln", [1], diverged=1, diverged_at_step=7, val_loss=math.nan, stalled=0)
+def test_the_norm_study_counts_runs_that_learned_at_each_setting(tmp_path, results):
+    set_norm_study(
+        tmp_path, "norm == 'postln' and seed == 1", diverged=1, diverged_at_step=7, val_loss=math.nan, stalled=0
+    )
     summary = tables.summarise_norms(results).set_index(["Arm", "Learning rate", "Warm-up steps"])
     assert list(summary.columns) == ["preln", "postln", "deepnorm"]
     assert summary["postln"].tolist() == [
@@ -166,8 +160,7 @@ def test_the_norm_study_counts_runs_that_learned_at_each_setting(tmp_path):
     assert details["diverged_at_step"].tolist() == 5 * ["–", 7, "–"]
 
 
-def test_the_best_vocabulary_is_marked_at_each_budget(tmp_path):
-    results = invent_run(tmp_path)
+def test_the_best_vocabulary_is_marked_at_each_budget(tmp_path, results):
     runs = tables.tabulate_vocabulary_runs(results)
     assert runs.loc[runs["best"] == "best", "name"].tolist() == ["bpe_4096", "bpe_16384"]
     path = tmp_path / "plots/tokenizer/runs_table.csv"
@@ -178,8 +171,8 @@ def test_the_best_vocabulary_is_marked_at_each_budget(tmp_path):
     FIGURES["vocabulary_runs"](results)
 
 
-def test_the_stage_writes_a_page_that_stands_alone(tmp_path, monkeypatch):
-    invent_run(tmp_path)
+@pytest.mark.usefixtures("results")
+def test_the_stage_writes_a_page_that_needs_no_other_file(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     report.main()
     page = (tmp_path / "report.html").read_text(encoding="utf-8")
@@ -194,47 +187,46 @@ def test_the_stage_writes_a_page_that_stands_alone(tmp_path, monkeypatch):
     assert len(re.findall("<table>", page)) == len(read_tables(text))
 
 
-def test_all_but_the_last_section_is_free_of_measured_times(tmp_path):
-    results = invent_run(tmp_path)
-    before = write_report(results, LINKS).split("## Measured times")
+def test_all_but_the_last_section_is_free_of_measured_times(tmp_path, results):
+    before = write_report(results).split("## Measured times")
     set_metric(tmp_path, "speed/train.seconds", 1234.5)
-    after = write_report(results, LINKS).split("## Measured times")
+    after = write_report(results).split("## Measured times")
     assert before[0] == after[0] and before[1] != after[1]
 
 
 def test_the_report_of_a_diverged_run_is_whole(tmp_path):
     results = invent_run(tmp_path, norm="postln")
     break_off(tmp_path)
-    text = write_report(results, LINKS)
+    text = write_report(results)
     assert "norm `postln`" in text
     assert cell(text, "Validation loss (nats per token)", "This run") == "10.90"
     assert cell(text, "The training converges", "Verdict") == "**failed**"
-    assert json.loads(json.dumps(summarise_claims(judge_claims(results))))["verdict_converges"] == "failed"
+    assert (
+        json.loads(json.dumps(document.summarise_claims(document.judge_claims(results))))["verdict_converges"]
+        == "failed"
+    )
 
 
-def test_loaded_weights_are_named_with_their_origin(tmp_path):
-    results = invent_run(tmp_path)
-    assert "weights trained from scratch" in write_report(results, LINKS)
+def test_loaded_weights_are_named_with_their_origin(tmp_path, results):
+    assert "weights trained from scratch" in write_report(results)
     load_weights(tmp_path)
     results.settings["train"]["init_from"] = "models/openai"
-    text = write_report(results, LINKS)
+    text = write_report(results)
     assert text.count("loaded from `models/openai` (sha256 `0123abcd`)") == 2 and "trained from scratch" not in text
     assert [name for name, link in LINKS.items() if link not in text] == ["layers"]
     assert "rest on this one" in text
     set_metric(tmp_path, "train.init_commit", "4c0ffee")
-    assert "loaded from `models/openai`, commit `4c0ffee` (sha256" in write_report(results, LINKS)
+    assert "loaded from `models/openai`, commit `4c0ffee` (sha256" in write_report(results)
 
 
-def test_recovery_training_is_reported_where_there_was_any(tmp_path):
-    results = invent_run(tmp_path)
-    assert "steps of training after" not in write_report(results, LINKS)
+def test_recovery_training_is_reported_where_there_was_any(tmp_path, results):
+    assert "steps of training after" not in write_report(results)
     for key, value in {"recovery_steps": 50, "pruned_perplexity_before_recovery": 33.0}.items():
         set_metric(tmp_path, f"prune.{key}", value)
-    assert "50 steps of training after" in write_report(results, LINKS)
+    assert "50 steps of training after" in write_report(results)
 
 
-def test_the_memory_of_pruned_models_is_shown_where_a_gpu_measured_it(tmp_path):
-    results = invent_run(tmp_path)
+def test_the_memory_of_pruned_models_is_shown_where_a_gpu_measured_it(tmp_path, results):
     assert "Peak memory (GiB)" not in tables.tabulate_pruned_speed(results)
     for name in {key.removesuffix("_decode_tokens_per_s") for key in results.speed("prune") if "decode_tok" in key}:
         set_metric(tmp_path, f"speed/prune.{name}_peak_memory_gib", 1.25)
