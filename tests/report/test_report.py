@@ -3,8 +3,6 @@
 import json
 import math
 import re
-import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -20,7 +18,6 @@ from gpt2.report.markdown import literal, number, table, to_html, write_spread
 from gpt2.report.results import Results, stage_of
 from gpt2.report.tables import write_interval
 from stages import report
-from tests.closure import ROOT
 from tests.invented_run import break_off, invent_run, load_weights, set_metric, set_models, set_norm_study
 
 LINKS = {name: f"plots/report/{name}.png" for name in FIGURES | TIMED_FIGURES}
@@ -125,6 +122,8 @@ def test_the_summary_counts_verdicts_and_names_each(results):
     assert verdicts == {row.claim.key: row.verdict for row in rows} and len(verdicts) == len(CLAIMS)
     assert summary["claims_by_construction"] == [*verdicts.values()].count("by construction") == 5
     assert sum(value for key, value in summary.items() if key.startswith("claims_")) == len(CLAIMS)
+    counts = f"{summary['claims_passed']} passed, {summary['claims_untested']} untested, 5 by construction."
+    assert counts in write_report(results)
 
 
 def test_replicates_have_mean_deviation_and_interval(tmp_path, results):
@@ -146,14 +145,11 @@ def test_a_spread_is_that_of_the_sample():
 
 
 def test_the_norm_study_counts_runs_that_learned_at_each_setting(tmp_path, results):
-    set_norm_study(
-        tmp_path, "norm == 'postln' and seed == 1", diverged=1, diverged_at_step=7, val_loss=math.nan, stalled=0
-    )
+    lost = {"diverged": 1, "diverged_at_step": 7, "val_loss": math.nan, "stalled": 0}
+    set_norm_study(tmp_path, "norm == 'postln' and seed == 1", **lost)
     summary = tables.summarise_norms(results).set_index(["Arm", "Learning rate", "Warm-up steps"])
     assert list(summary.columns) == ["preln", "postln", "deepnorm"]
-    assert summary["postln"].tolist() == [
-        *("n/a ± – (1 of 2)", "n/a ± – (1 of 2)", "n/a ± – (0 of 2)", "n/a ± – (1 of 2)", "n/a ± – (1 of 2)"),
-    ]
+    assert summary["postln"].tolist() == [f"n/a ± – ({learned} of 2)" for learned in (1, 1, 0, 1, 1)]
     assert summary["preln"].iloc[-1] == "4.100 ± 0 (2 of 2)" and summary.index[-1] == ("Muon, tied", "0.001", 10)
     details = tables.tabulate_norms(results)
     assert details["norm"].tolist() == 5 * ["preln", "postln", "deepnorm"]
@@ -201,10 +197,6 @@ def test_the_report_of_a_diverged_run_is_whole(tmp_path):
     assert "norm `postln`" in text
     assert cell(text, "Validation loss (nats per token)", "This run") == "10.90"
     assert cell(text, "The training converges", "Verdict") == "**failed**"
-    assert (
-        json.loads(json.dumps(document.summarise_claims(document.judge_claims(results))))["verdict_converges"]
-        == "failed"
-    )
 
 
 def test_loaded_weights_are_named_with_their_origin(tmp_path, results):
@@ -233,13 +225,8 @@ def test_the_memory_of_pruned_models_is_shown_where_a_gpu_measured_it(tmp_path, 
     assert set(tables.tabulate_pruned_speed(results)["Peak memory (GiB)"]) == {1.25}
 
 
-def test_the_report_is_made_without_torch():
-    code = "import sys, stages.report; sys.exit('torch' in sys.modules)"
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
-
-
-def test_an_edit_of_the_template_is_noticed_while_the_stage_runs():
-    assert "gpt2/report/report.md.j2" in stage._source_hashes()
+def test_an_edit_of_a_template_is_noticed_while_the_stage_runs():
+    assert {"gpt2/report/report.md.j2", "gpt2/report/claims.csv.j2"} <= stage._source_hashes().keys()
 
 
 @pytest.mark.parametrize(
