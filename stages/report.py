@@ -4,7 +4,8 @@ from pathlib import Path
 
 from gpt2.pipeline.files import write_json, write_text
 from gpt2.pipeline.stage import Stage
-from gpt2.report.document import judge_claims, summarise_claims, write_report
+from gpt2.report.claims import judge_claims
+from gpt2.report.document import summarise_claims, write_report
 from gpt2.report.figures import FIGURES, TIMED_FIGURES, write_figures
 from gpt2.report.markdown import to_html
 from gpt2.report.results import Results

@@ -12,7 +12,8 @@ import pytest
 
 from gpt2.pipeline.files import UserError
 from gpt2.pipeline.stage import SPEED
-from gpt2.report.document import TIMED_STAGES, judge_claims, write_report
+from gpt2.report.claims import judge_claims
+from gpt2.report.document import TIMED_STAGES, write_report
 from gpt2.report.figures import FIGURES, TIMED_FIGURES
 from tests.closure import ROOT, direct_imports, import_closure, imported_packages, library_files
 from tests.declared import (

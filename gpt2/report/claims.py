@@ -3,16 +3,14 @@
 Each check returns a verdict by a rule of verdicts.py, and what was measured as text, which names a single model.
 """
 
-import csv
+import io
 import math
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable
 from functools import partial
 
 import numpy as np
 import pandas as pd
 
-from gpt2.pipeline.params import SCALES
 from gpt2.report import verdicts
 from gpt2.report.markdown import load_template, number, write_spread
 from gpt2.report.names import GPT2_VOCABULARY, MAIN_ARM, SIMILARITIES, pruning_prefix
@@ -40,49 +38,12 @@ REPAIR_GAIN = 2
 HELLASWAG_CHANCE = 0.25
 # Attention kernels that never hold a T x T matrix of scores.
 FUSED_ATTENTION = ("flash", "cudnn", "efficient")
+# Its figure differs from run to run.
+TIMED_CLAIM = "gpu_hours"
 ON_MODELS = "95 % t interval over models"
 
 Finding = tuple[Verdict, str]
-Check = Callable[[Results], Finding]
-
-
-@dataclass(frozen=True)
-class Claim:
-    """A sentence, the rule that decides it, and the check that applies the rule. claims.csv.j2 explains the fields."""
-
-    key: str
-    study: str
-    sentence: str
-    rule: str
-    check: Check
-    scales: Sequence[str]
-    of_training: bool
-
-
-@dataclass(frozen=True)
-class Row:
-    """A claim as judged."""
-
-    claim: Claim
-    measured: str
-    verdict: Verdict
-
-
-def judge(claim: Claim, results: Results) -> Row:
-    """Measure one claim and give the verdict.
-
-    It is untested where the scale is not made to test it, the weights were not trained here, or the figures cannot say;
-    the measured text gives the reason. Raises UserError naming file and key if a metric is missing.
-    """
-    if claim.of_training and results.loaded_from:
-        return Row(claim, "needs a training run; the weights were loaded", "untested")
-    verdict, measured = claim.check(results)
-    if results.scale not in claim.scales:
-        return Row(claim, f"{measured}; needs scale {' or '.join(claim.scales)}", "untested")
-    return Row(claim, measured, verdict)
-
-
-CHECKS: dict[str, Check] = {}
+CHECKS: dict[str, Callable[[Results], Finding]] = {}
 
 
 def check(key: str, **options: str) -> Callable:
@@ -399,15 +360,29 @@ def measure_gpu_hours(results: Results) -> Finding:
     return of_fact(holds), f"{number(hours)} h on {number(processes)} processes"
 
 
-def _load_claims() -> list[Claim]:
-    """The rows of claims.csv.j2 with their checks. Its rules name the bounds above."""
-    lines = load_template("claims.csv.j2").render(globals()).splitlines()
-    claims = []
-    for cells in csv.DictReader(lines, delimiter="|"):
-        scales, of_training = cells.pop("scales").split() or SCALES, bool(cells.pop("of_training"))
-        claims.append(Claim(**cells, check=CHECKS[cells["key"]], scales=scales, of_training=of_training))
-    return claims
+# A row per key, with the columns of claims.csv.j2 as text. Its rules name the bounds above.
+_TABLE = io.StringIO(load_template("claims.csv.j2").render(globals()))
+CLAIMS = pd.read_csv(_TABLE, sep="|", index_col="key", dtype=str, keep_default_na=False)
 
 
-# The last claim is apart, because its figure differs from run to run.
-*CLAIMS, TIMED_CLAIM = _load_claims()
+def judge(key: str, results: Results) -> Finding:
+    """Measure one claim and give the verdict.
+
+    It is untested where the scale is not made to test it, the weights were not trained here, or the figures cannot say;
+    the measured text gives the reason. Raises UserError naming file and key if a metric is missing.
+    """
+    claim = CLAIMS.loc[key]
+    if claim["of_training"] and results.loaded_from:
+        return "untested", "needs a training run; the weights were loaded"
+    verdict, measured = CHECKS[key](results)
+    scales = claim["scales"].split()
+    if scales and results.scale not in scales:
+        return "untested", f"{measured}; needs scale {' or '.join(scales)}"
+    return verdict, measured
+
+
+def judge_claims(results: Results, timed: bool = False) -> pd.DataFrame:
+    """CLAIMS with the columns verdict and measured: all but the one on measured time, or that one only."""
+    claims = CLAIMS[(CLAIMS.index == TIMED_CLAIM) == timed]
+    findings = [judge(str(key), results) for key in claims.index]
+    return claims.assign(verdict=[verdict for verdict, _ in findings], measured=[measured for _, measured in findings])

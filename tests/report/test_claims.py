@@ -7,11 +7,9 @@ import pandas as pd
 import pytest
 
 from gpt2.pipeline.files import read_json, write_csv, write_json
-from gpt2.report.claims import CHECKS, CLAIMS, TIMED_CLAIM, Row, judge
+from gpt2.report.claims import CHECKS, CLAIMS, judge
 from gpt2.report.results import Results
 from tests.invented_run import break_off, invent_run, load_weights, set_metric, set_models, set_norm_study
-
-BY_KEY = {claim.key: claim for claim in (*CLAIMS, TIMED_CLAIM)}
 
 
 @pytest.fixture
@@ -19,19 +17,14 @@ def results(tmp_path) -> Results:
     return invent_run(tmp_path)
 
 
-def find_row(results: Results, key: str) -> Row:
-    """The claim of that key, judged on the files as they are now."""
-    return judge(BY_KEY[key], results)
-
-
 def test_every_claim_passes_where_every_figure_holds(tmp_path):
     results = invent_run(tmp_path, scale="full")
-    verdicts = {key: find_row(results, key).verdict for key in BY_KEY}
+    verdicts = {key: judge(key, results)[0] for key in CLAIMS.index}
     assert {key for key, verdict in verdicts.items() if verdict not in ("passed", "by construction")} == set()
 
 
 def test_every_check_belongs_to_one_claim():
-    assert len(BY_KEY) == len(CLAIMS) + 1 and set(BY_KEY) == set(CHECKS)
+    assert sorted(CLAIMS.index) == sorted(CHECKS)
 
 
 @pytest.mark.parametrize(
@@ -78,10 +71,10 @@ def test_every_check_belongs_to_one_claim():
 def test_a_verdict_turns_where_its_figure_crosses_the_bound(tmp_path, key, metric, holds, breaks):
     results = invent_run(tmp_path, scale="full")
     set_metric(tmp_path, metric, holds)
-    assert find_row(results, key).verdict == "passed"
+    assert judge(key, results)[0] == "passed"
     set_metric(tmp_path, metric, breaks)
     # A p-value above the limit shows no difference, but also not that there is none.
-    assert find_row(results, key).verdict == ("undecided" if metric.endswith("_p") else "failed")
+    assert judge(key, results)[0] == ("undecided" if metric.endswith("_p") else "failed")
 
 
 @pytest.mark.parametrize(
@@ -98,8 +91,8 @@ def test_a_verdict_turns_where_its_figure_crosses_the_bound(tmp_path, key, metri
 )
 def test_models_that_disagree_leave_a_claim_undecided(tmp_path, results, key, metric, values):
     set_models(tmp_path, metric, values)
-    row = find_row(results, key)
-    assert row.verdict == "undecided" and "± " in row.measured
+    verdict, measured = judge(key, results)
+    assert verdict == "undecided" and "± " in measured
 
 
 @pytest.mark.parametrize(
@@ -110,8 +103,8 @@ def test_one_model_is_judged_by_its_interval_and_says_so(tmp_path, results, low,
     for name, value in {key: (low + high) / 2, f"{key}_low": low, f"{key}_high": high}.items():
         set_metric(tmp_path, name, value)
     set_models(tmp_path, "seed", [1337])
-    row = find_row(results, "prune_redundancy")
-    assert row.verdict == verdict and "(one model)" in row.measured
+    verdict, measured = judge("prune_redundancy", results)
+    assert verdict == verdict and "(one model)" in measured
 
 
 @pytest.mark.parametrize(
@@ -134,13 +127,13 @@ def test_random_sets_decide_on_one_model_only_if_there_are_enough(tmp_path, resu
     set_models(tmp_path, "seed", [1337])
     for cheaper, verdict in enumerate(verdicts):
         set_metric(tmp_path, metric, cheaper)
-        assert find_row(results, key).verdict == verdict
+        assert judge(key, results)[0] == verdict
 
 
 def test_too_few_similar_pairs_do_not_show_their_layers(tmp_path, results):
     set_models(tmp_path, "heads.redundant_pairs", [6, 6, 7])
-    row = find_row(results, "similarity_in_middle")
-    assert row.verdict == "untested" and "19 pairs in all models" in row.measured
+    verdict, measured = judge("similarity_in_middle", results)
+    assert verdict == "untested" and "19 pairs in all models" in measured
 
 
 @pytest.mark.parametrize(
@@ -160,7 +153,7 @@ def test_too_few_similar_pairs_do_not_show_their_layers(tmp_path, results):
 )
 def test_preln_is_smooth_only_without_any_kind_of_trouble(tmp_path, results, rows, changes, verdict):
     set_norm_study(tmp_path, rows, **changes)
-    assert find_row(results, "preln_smooth").verdict == verdict
+    assert judge("preln_smooth", results)[0] == verdict
 
 
 @pytest.mark.parametrize("norm", ["preln", "postln"])
@@ -170,15 +163,15 @@ def test_a_norm_that_was_not_studied_leaves_its_claims_untested(tmp_path, result
     runs[runs["norm"] != norm].to_csv(path, index=False)
     metrics = tmp_path / "metrics/norm_study.json"
     write_json(metrics, {key: value for key, value in read_json(metrics).items() if not key.endswith("_cmh_p")})
-    verdicts = [find_row(results, key).verdict for key in ("preln_smooth", "postln_rough", "postln_lost")]
+    verdicts = [judge(key, results)[0] for key in ("preln_smooth", "postln_rough", "postln_lost")]
     assert verdicts == ["untested" if norm == "preln" else "passed", "untested", "untested"]
 
 
 def test_a_norm_that_never_fails_does_not_fail_more_often(tmp_path, results):
     set_norm_study(tmp_path, "norm == 'postln'", loss_spikes=0)
-    assert find_row(results, "postln_rough").verdict == "failed"
+    assert judge("postln_rough", results)[0] == "failed"
     # A stall is another failure.
-    assert find_row(results, "postln_lost").verdict == "passed"
+    assert judge("postln_lost", results)[0] == "passed"
 
 
 def set_runs(root: Path, name: str, **columns: float | list[float]) -> None:
@@ -206,37 +199,37 @@ def test_a_larger_vocabulary_predicts_better_only_if_seeds_agree(tmp_path, resul
         ("bpe_16384", math.inf, "undecided"),
     ):
         set_runs(tmp_path, name, **{column: values})
-        assert find_row(results, key).verdict == verdict
+        assert judge(key, results)[0] == verdict
 
 
 def test_a_model_worse_than_guessing_says_nothing_about_rare_words(tmp_path, results):
     set_runs(tmp_path, "bpe_16384", rare_even_bits_per_byte=1.0)
-    row = find_row(results, "predicts_rare_words")
-    assert row.verdict == "untested" and "guessing all tokens alike" in row.measured
-    assert find_row(results, "predicts_text").verdict == "passed"
+    verdict, measured = judge("predicts_rare_words", results)
+    assert verdict == "untested" and "guessing all tokens alike" in measured
+    assert judge("predicts_text", results)[0] == "passed"
 
 
 def test_what_holds_by_construction_is_reported_as_an_effect(tmp_path, results):
-    row = find_row(results, "splits_rare_words")
+    verdict, measured = judge("splits_rare_words", results)
     values = results.table("tokenizer/vocabularies.csv", []).query("name != 'gpt2'")["rare_tokens_per_word"]
     change = 100 * (values.iloc[-1] / values.iloc[0] - 1)
-    assert row.verdict == "by construction" and f"({change:+.1f} %)" in row.measured
-    assert "n_embd of 256 or more" in find_row(results, "cheaper_training").measured
+    assert verdict == "by construction" and f"({change:+.1f} %)" in measured
+    assert "n_embd of 256 or more" in judge("cheaper_training", results)[1]
 
 
 def test_a_loss_per_token_of_another_vocabulary_reproduces_nothing(tmp_path):
     results = invent_run(tmp_path, scale="full")
     set_metric(tmp_path, "tokens.encoding", "bpe_50257")
-    row = find_row(results, "reproduces")
-    assert row.verdict == "untested" and "nats per token of bpe_50257, another unit" in row.measured
+    verdict, measured = judge("reproduces", results)
+    assert verdict == "untested" and "nats per token of bpe_50257, another unit" in measured
 
 
 def test_two_evaluations_do_not_show_a_rise(tmp_path, results):
     set_metric(tmp_path, "train.hellaswag_evaluations", 2)
-    assert find_row(results, "hellaswag_rises").verdict == "untested"
+    assert judge("hellaswag_rises", results)[0] == "untested"
     # A run that broke off was not too short by design.
     break_off(tmp_path)
-    assert find_row(results, "hellaswag_rises").verdict == "failed"
+    assert judge("hellaswag_rises", results)[0] == "failed"
 
 
 def test_loaded_weights_leave_what_needs_training_untested_and_nothing_else(tmp_path):
@@ -248,21 +241,21 @@ def test_loaded_weights_leave_what_needs_training_untested_and_nothing_else(tmp_
     # One model has too few pairs to show their layers.
     set_metric(tmp_path, "heads.redundant_pairs", 20)
     results.settings["train"]["init_from"] = "models/openai"
-    untested = [key for key in BY_KEY if find_row(results, key).verdict == "untested"]
+    untested = [key for key in CLAIMS.index if judge(key, results)[0] == "untested"]
     assert untested == [
         *("corpus", "held_out", "steps", "learns", "converges", "reproduces", "hellaswag_rises", "shuffling"),
         "gpu_hours",
     ]
-    assert all("needs a training run" in find_row(results, key).measured for key in untested)
+    assert all("needs a training run" in judge(key, results)[1] for key in untested)
 
 
 def test_an_empty_sample_fails_text_generation(tmp_path, results):
     write_csv(tmp_path / "plots/generate/samples.csv", ("prompt", "text"), [("A", "b"), ("C", " ")])
-    assert find_row(results, "generates").verdict == "failed"
+    assert judge("generates", results)[0] == "failed"
 
 
 def test_a_small_scale_leaves_the_claims_of_the_full_run_untested_but_measured(tmp_path):
     results = invent_run(tmp_path, scale="tiny")
     set_metric(tmp_path, "train.steps", 250)
-    row = find_row(results, "steps")
-    assert row.verdict == "untested" and "250 steps" in row.measured and "needs scale full" in row.measured
+    verdict, measured = judge("steps", results)
+    assert verdict == "untested" and "250 steps" in measured and "needs scale full" in measured
