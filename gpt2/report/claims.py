@@ -1,6 +1,6 @@
-"""The checks of the claims in claims.csv.j2: from the figures of a run, and of all its models, to a verdict.
+"""The checks of the claims in claims.csv.j2.
 
-Each check returns a verdict by a rule of verdicts.py, and what was measured as text, which names a single model.
+Each returns a verdict, by a rule of verdicts.py, and what was measured as text, which says if it is of one model.
 """
 
 import io
@@ -22,15 +22,15 @@ REFERENCE_PARAMS = 124_439_808
 REFERENCE_STEPS = 95_365
 REFERENCE_TOKENS_PER_STEP = 524_288
 REFERENCE_GPU_HOURS = 2 * 46
-# Of OpenAI's weights on the validation shard of FineWeb-Edu (build-nanogpt).
+# The loss of OpenAI's weights on the validation shard of FineWeb-Edu (build-nanogpt).
 REFERENCE_VAL_LOSS = 3.2924
-# Of the perplexity, without 15 % of the heads.
+# The largest acceptable rise of perplexity without 15 % of the heads.
 MAX_RISE_PERCENT = 5
-# A training has levelled off if the validation loss falls by less than this over the last fifth of the steps.
+# Training has levelled off if the validation loss falls by less than this over the last fifth of the steps.
 MAX_LATE_FALL_PERCENT = 1
 # The largest gradient norm of a smooth run, where gradients are clipped at 1.
 MAX_GRAD_NORM = 100
-# Fewer similar pairs do not show in which layers they are.
+# The fewest pairs of similar heads that show in which layers such pairs are.
 MIN_PAIRS = 20
 # A repair has to remove this many times the heads that the criterion removes alone.
 REPAIR_GAIN = 2
@@ -38,7 +38,7 @@ REPAIR_GAIN = 2
 HELLASWAG_CHANCE = 0.25
 # Attention kernels that never hold a T x T matrix of scores.
 FUSED_ATTENTION = ("flash", "cudnn", "efficient")
-# Its figure differs from run to run.
+# The claim whose figure differs from run to run.
 TIMED_CLAIM = "gpu_hours"
 ON_MODELS = "95 % t interval over models"
 
@@ -130,7 +130,7 @@ def measure_validation_loss(results: Results) -> Finding:
 @check("hellaswag_rises")
 def measure_rising(results: Results) -> Finding:
     if (results.over_models("train.hellaswag_evaluations") < 3).any():
-        # A run that broke off was not too short by design.
+        # A run that diverged was not too short by design.
         broken = results.over_models("train.diverged").any()
         return "failed" if broken else "untested", "fewer than the 3 evaluations needed"
     rises = results.over_models("train.hellaswag_acc_norm") - results.over_models("train.hellaswag_first_acc_norm")
@@ -138,7 +138,7 @@ def measure_rising(results: Results) -> Finding:
     # Training may evaluate fewer items than the stage hellaswag.
     shares = results.over_models("train.hellaswag_items") / results.over_models("hellaswag.items")
     errors = results.over_models("hellaswag.completion_acc_norm_stderr") / np.sqrt(shares)
-    # Of a difference of two accuracies. The items are the same, which makes the bound stricter than its name.
+    # sqrt(2) for a difference of two accuracies. The items are the same, which makes the bound stricter than its name.
     margins = np.where(correlations > 0, rises - 2 * math.sqrt(2) * errors, np.fmin(0, rises))
     measured = f"{spread(100 * rises, ' points', '+')}; rank correlation with the step {spread(correlations)}"
     return of_margins(margins), measured
@@ -260,7 +260,7 @@ def measure_repair(results: Results) -> Finding:
     repairs = ("refit", "stepwise", "merge", "merge_refit")
     plain = results.over_models("prune.max_pruned_percent_below_5")
     best = np.max([results.over_models(f"prune.redundancy_{r}_max_pruned_percent_below_5") for r in repairs], axis=0)
-    # Twice nothing is no gain: at least one head counts.
+    # Twice zero is no gain, so at least one head is required.
     one_head = 100 / results.value("heads.heads")
     margins = best - REPAIR_GAIN * np.maximum(plain, one_head) + one_head / 2
     return of_margins(margins), f"{spread(best, ' %')} with the best repair, {spread(plain, ' %')} without"

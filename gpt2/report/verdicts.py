@@ -12,9 +12,9 @@ from scipy import stats
 
 Verdict = Literal["passed", "failed", "undecided", "untested", "by construction"]
 VERDICTS: tuple[Verdict, ...] = ("passed", "failed", "undecided", "untested", "by construction")
-# Of the intervals and tests here.
+# The level of all intervals and tests.
 SIGNIFICANCE = 0.05
-# A figure, or its distance from a bound, of each model.
+# One number for each model.
 Values = Sequence[float] | np.ndarray
 
 
@@ -59,8 +59,8 @@ def of_each(held: Sequence[bool] | np.ndarray) -> Verdict:
 def of_best(margins: Mapping[str, Values]) -> tuple[Verdict, str]:
     """Verdict on whether one of several alternatives has a figure above 0, and the one with the highest interval.
 
-    Bonferroni: each interval is as wide as the number of alternatives asks for. Failed only if no alternative's plain
-    interval reaches above 0.
+    Each interval is widened by Bonferroni's correction. Failed only if every alternative fails without the
+    correction.
     """
     significance = SIGNIFICANCE / len(margins)
     best = max(margins, key=lambda name: mean_interval(margins[name], significance)[0])
@@ -85,7 +85,8 @@ def of_trouble(troubled: int, runs: int, most: float = 0.1) -> Verdict:
 def of_comparison(p_value: float, share: float, other: float) -> Verdict:
     """Verdict on whether something happens more often to one group of runs than to the other, by a one-sided test.
 
-    share, other: of the runs of each group. Failed if it never happens to the first, or is significantly less frequent.
+    `share` and `other` are the shares of the two groups. Failed if it never happens to the first group, or is
+    significantly less frequent there.
     """
     if share == 0:
         return "failed"

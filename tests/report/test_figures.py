@@ -3,22 +3,17 @@
 import pytest
 from matplotlib.image import imread
 
-from gpt2.report.figures import (
-    FIGURES,
-    MAX_STEPS,
-    TIMED_FIGURES,
-    plot_head_nulls,
-    plot_heads,
-    plot_layers,
-    plot_loss,
-    plot_norm_study,
-    plot_replicates,
-    write_figures,
-)
+from gpt2.report.figures import FIGURES, MAX_STEPS, TIMED_FIGURES, write_figures
 from gpt2.report.names import HEADLINES
+from gpt2.report.results import Results
 from tests.invented_run import break_off, invent_run, load_weights
 
 ALL = FIGURES | TIMED_FIGURES
+
+
+@pytest.fixture
+def results(tmp_path) -> Results:
+    return invent_run(tmp_path)
 
 
 @pytest.mark.parametrize(("n_layer", "n_head"), [(4, 8), (12, 12)])
@@ -40,9 +35,8 @@ def test_runs_without_a_curve_are_drawn(tmp_path, change):
     assert all(imread(path).min() < 1 for path in figures.values())
 
 
-def test_the_norm_study_has_panels_for_every_setting_with_the_entropy_among_the_losses(tmp_path):
-    results = invent_run(tmp_path)
-    panels = plot_norm_study(results).axes
+def test_the_norm_study_has_panels_for_every_setting_with_the_entropy_among_the_losses(results):
+    panels = FIGURES["norm_study"](results).axes
     assert [axes.get_title() for axes in panels] == 2 * ["learning rate 0.001", "learning rate 0.003", "", ""]
     labels = [f"{name}\n{steps} warm-up steps" for name in ("Loss (nats)", "Gradient norm") for steps in (0, 10)]
     assert [axes.get_ylabel() for axes in panels[::2]] == labels
@@ -53,35 +47,32 @@ def test_the_norm_study_has_panels_for_every_setting_with_the_entropy_among_the_
         assert sum(len(line.get_xdata()) == 120 for line in axes.lines) == 12
 
 
-def test_norms_that_were_not_studied_are_not_drawn(tmp_path):
-    results = invent_run(tmp_path)
+def test_norms_that_were_not_studied_are_not_drawn(tmp_path, results):
     table = results.table("norm_study/runs.csv", [])
     table[table["norm"] != "deepnorm"].to_csv(tmp_path / "plots/norm_study/runs.csv", index=False)
-    _, labels = plot_norm_study(results).axes[0].get_legend_handles_labels()
+    _, labels = FIGURES["norm_study"](results).axes[0].get_legend_handles_labels()
     assert labels == ["preln", "postln", "unigram entropy"]
 
 
-def test_runs_of_the_norm_study_that_diverged_are_marked_where_they_did(tmp_path):
-    results = invent_run(tmp_path)
+def test_runs_of_the_norm_study_that_diverged_are_marked_where_they_did(tmp_path, results):
     break_off(tmp_path)
-    panels = plot_norm_study(results).axes
+    panels = FIGURES["norm_study"](results).axes
     assert "diverged" in panels[0].get_legend_handles_labels()[1]
     for axes in panels:
         marks = [line.get_xdata() for line in axes.lines if line.get_marker() == "x" and len(line.get_xdata())]
         assert [list(mark) for mark in marks] == [[40], [40]]
 
 
-def test_a_norm_study_in_which_every_run_diverged_at_once_is_drawn(tmp_path):
-    results = invent_run(tmp_path)
+def test_a_norm_study_in_which_every_run_diverged_at_once_is_drawn(tmp_path, results):
     folder = tmp_path / "plots/norm_study"
     results.table("norm_study/runs.csv", []).assign(diverged=1, diverged_at_step=0).to_csv(folder / "runs.csv")
     results.table("norm_study/curves.csv", []).head(0).to_csv(folder / "curves.csv")
-    for axes in plot_norm_study(results).axes:
+    for axes in FIGURES["norm_study"](results).axes:
         assert sum(line.get_marker() == "x" and len(line.get_xdata()) for line in axes.lines) == 6
 
 
-def test_layers_are_drawn_at_the_first_the_last_and_some_steps_between(tmp_path):
-    panels = plot_layers(invent_run(tmp_path)).axes
+def test_layers_are_drawn_at_the_first_the_last_and_some_steps_between(results):
+    panels = FIGURES["layers"](results).axes
     for axes in panels:
         labels = [line.get_label() for line in axes.lines]
         assert len(labels) == MAX_STEPS and (labels[0], labels[-1]) == ("step 0", "step 250")
@@ -90,18 +81,17 @@ def test_layers_are_drawn_at_the_first_the_last_and_some_steps_between(tmp_path)
 
 @pytest.mark.parametrize(("n_layer", "n_head"), [(2, 2), (5, 3), (12, 12)])
 def test_all_heads_are_in_one_picture(tmp_path, n_layer, n_head):
-    whole, _ = plot_heads(invent_run(tmp_path, n_layer=n_layer, n_head=n_head)).axes
+    whole, _ = FIGURES["heads"](invent_run(tmp_path, n_layer=n_layer, n_head=n_head)).axes
     assert whole.images[0].get_array().shape == (n_layer * n_head, n_layer * n_head)
     boundaries = [line.get_ydata()[0] for line in whole.lines[::2]]
     assert boundaries == [n_head * layer - 0.5 for layer in range(1, n_layer)]
 
 
 @pytest.mark.parametrize("count", [1, 2, 3])
-def test_every_model_is_a_point_next_to_the_interval_of_the_mean(tmp_path, count):
-    results = invent_run(tmp_path)
+def test_every_model_is_a_point_next_to_the_interval_of_the_mean(tmp_path, results, count):
     models = results.table("replicates/models.csv", []).head(count)
     models.to_csv(tmp_path / "plots/replicates/models.csv", index=False)
-    panels = [axes for axes in plot_replicates(results).axes if axes.get_visible()]
+    panels = [axes for axes in FIGURES["replicates"](results).axes if axes.get_visible()]
     metrics = [*HEADLINES]
     assert [axes.get_title().replace("\n", " ") for axes in panels] == [HEADLINES[metric] for metric in metrics]
     for axes, metric in zip(panels, metrics, strict=True):
@@ -109,9 +99,8 @@ def test_every_model_is_a_point_next_to_the_interval_of_the_mean(tmp_path, count
         assert points == models[metric].tolist() and len(axes.collections) == (count > 1)
 
 
-def test_heads_are_drawn_next_to_their_nulls_with_all_thresholds(tmp_path):
-    results = invent_run(tmp_path)
-    for axes, end in zip(plot_head_nulls(results).axes, ("", "_centred"), strict=True):
+def test_heads_are_drawn_next_to_their_nulls_with_all_thresholds(results):
+    for axes, end in zip(FIGURES["head_nulls"](results).axes, ("", "_centred"), strict=True):
         levels = [line.get_ydata()[0] for line in axes.lines if list(line.get_xdata()) == [0, 1]]
         thresholds = [results.value(f"heads.{null}{end}_threshold") for null in ("shuffled", "untrained")]
         assert levels == thresholds + ([] if end else [0.85])
@@ -119,6 +108,6 @@ def test_heads_are_drawn_next_to_their_nulls_with_all_thresholds(tmp_path):
         assert [len(line.get_xdata()) for line in axes.lines].count(4 * 28) == 3
 
 
-def test_the_loss_is_drawn_with_the_unigram_entropy(tmp_path):
-    (axes,) = plot_loss(invent_run(tmp_path)).axes
+def test_the_loss_is_drawn_with_the_unigram_entropy(results):
+    (axes,) = FIGURES["loss"](results).axes
     assert 7.1 in [line.get_ydata()[0] for line in axes.lines if "unigram entropy" in line.get_label()]
