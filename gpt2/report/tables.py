@@ -16,13 +16,8 @@ PACKAGES = ("torch", "numpy", "tiktoken", "tokenizers", "pyarrow")
 
 def load_vocabularies(results: Results) -> pd.DataFrame:
     """The vocabularies of the tokenizer study, smallest first; `own` is False for GPT-2's."""
-    columns = [
-        "name",
-        "vocab_size",
-        "bytes_per_token",
-        "flops_per_byte",
-        *(f"{g}_tokens_per_word" for g in names.WORD_GROUPS),
-    ]
+    fragmentation = [f"{group}_tokens_per_word" for group in names.WORD_GROUPS]
+    columns = ["name", "vocab_size", "bytes_per_token", "flops_per_byte", *fragmentation]
     table = results.table("tokenizer/vocabularies.csv", columns).sort_values("vocab_size", ignore_index=True)
     return table.assign(own=table["name"] != names.GPT2_VOCABULARY, mflops_per_byte=table["flops_per_byte"] / 1e6)
 
@@ -69,10 +64,8 @@ def summarise_norms(results: Results) -> pd.DataFrame:
     cells = loss + " (" + learned.astype(str) + " of " + table["seeds"].astype(str) + ")"
     pivot = table.assign(cell=cells).pivot(index=columns[:3], columns="norm", values="cell")
     pivot = pivot.loc[table["arm"].unique(), table["norm"].unique()].fillna("–").reset_index()
-    headings = {"arm": "Arm", "max_lr": "Learning rate", "warmup_steps": "Warm-up steps"}
-    return pivot.assign(arm=pivot["arm"].replace(names.ARMS), max_lr=pivot["max_lr"].map("{:g}".format)).rename(
-        columns=headings
-    )
+    pivot = pivot.assign(arm=pivot["arm"].replace(names.ARMS), max_lr=pivot["max_lr"].map("{:g}".format))
+    return pivot.rename(columns={"arm": "Arm", "max_lr": "Learning rate", "warmup_steps": "Warm-up steps"})
 
 
 def tabulate_norms(results: Results) -> pd.DataFrame:
@@ -113,10 +106,9 @@ def tabulate_examples(results: Results) -> pd.DataFrame:
 def list_prunings() -> list[tuple[str, str, str]]:
     """Criterion, repair and prefix of the metrics of each column of prune/frontier.csv, by criterion."""
     order = list(CRITERIA)
-    columns = sorted((*CRITERIA, *names.REPAIRED), key=lambda column: order.index(split_pruning(column)[0]))
-    return [
-        (CRITERIA[split_pruning(column)[0]], split_pruning(column)[1], pruning_prefix(column)) for column in columns
-    ]
+    prunings = [(*split_pruning(column), pruning_prefix(column)) for column in (*CRITERIA, *names.REPAIRED)]
+    prunings.sort(key=lambda pruning: order.index(pruning[0]))
+    return [(CRITERIA[criterion], repair, prefix) for criterion, repair, prefix in prunings]
 
 
 def list_choices() -> list[tuple[str, str]]:
