@@ -1,7 +1,7 @@
 """An invented run: the metrics and curves of all stages, for the tests of the report."""
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 
@@ -67,6 +67,11 @@ def _write_curve(root: Path, name: str, columns: str, rows: Iterable[Sequence]) 
     write_csv(root / f"plots/{name}.csv", columns.split(), rows)
 
 
+def _cross(keys: Iterable[str], ends: Mapping[str, float]) -> dict[str, float]:
+    """Every key with every end, and the value of the end."""
+    return {f"{key}{end}": value for key, (end, value) in product(keys, ends.items())}
+
+
 def _invent_training(root: Path, n_layer: int) -> None:
     rng = np.random.default_rng(0)
     losses = 4.5 + 6.3 * np.exp(-np.arange(1, 251) / 40) + rng.normal(0, 0.08, 250)
@@ -93,10 +98,8 @@ def _invent_training(root: Path, n_layer: int) -> None:
     }  # fmt: skip
     _write_metrics(root, "train", **train)
     scores = {"completion_acc": 0.28, "completion_acc_norm": 0.30, "harness_acc": 0.28, "harness_acc_norm": 0.31}
-    ends = {"_stderr": 0.0046, "_clean_stderr": 0.005}
-    errors = {f"{key}{end}": value for key, (end, value) in product(scores, ends.items())}
-    clean = {f"{key}_clean": score for key, score in scores.items()}
-    _write_metrics(root, "hellaswag", items=10_042, documents=9000, clean_items=10_000, **scores, **errors, **clean)
+    scores |= _cross(scores, {"_stderr": 0.0046}) | _cross(["completion_acc_norm_clean"], {"": 0.3, "_stderr": 0.005})
+    _write_metrics(root, "hellaswag", items=10_042, documents=9000, clean_items=10_000, **scores)
     _write_metrics(root, "prepare", documents_train=9800, documents_val=100, documents_test=100)
     tokens = {"tokens_train": 9_800_000_000, "benchmark_items": 2000, "benchmark_items_in_train": 0}
     _write_metrics(root, "tokens", vocab_size=50257, encoding="gpt2", **tokens)
@@ -229,11 +232,10 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
     ]
     _write_curve(root, "prune/heads", " ".join(HeadCost._fields), costs)
     similarities = [
-        (order, count, count + place, count, count + 2 * place + 1, place - 4.5, place - 6, place - 3)
+        (order, count, count + place, count, count + 2 * place + 1)
         for (place, order), count in product(enumerate(("redundancy", *SIMILAR_ORDERS)), counts[1:])
     ]
-    columns = "order heads_removed rise_percent low high above_random_percent above_random_low above_random_high"
-    _write_curve(root, "prune/similarities", columns, similarities)
+    _write_curve(root, "prune/similarities", "order heads_removed rise_percent low high", similarities)
     rise_key = "perplexity_rise_percent_at_15"
     metrics: dict[str, float] = {
         "baseline_perplexity": 30.0, "heads_removed_at_15": rows[2][0], "calibration_tokens": 16384,
@@ -243,22 +245,17 @@ def _invent_pruning(root: Path, n_heads: int) -> None:
     for column in powers:
         prefix = "" if column == "redundancy" else f"{column}_"
         rise, most = (2.1, 37.5) if column not in plain else (3.1, 18.75)
-        metrics |= {f"{prefix}{rise_key}{end}": rise + by for end, by in {"": 0, "_low": -1, "_high": 1}.items()}
-        metrics |= {f"{prefix}max_pruned_percent_below_5": most, **{f"{prefix}{key}": SETS[key] for key in SETS}}
+        metrics |= _cross([f"{prefix}{rise_key}"], {"": rise, "_low": rise - 1, "_high": rise + 1})
+        metrics |= _cross([prefix], {"max_pruned_percent_below_5": most, **SETS})
     for place, order in enumerate(SIMILAR_ORDERS):
-        prefix = f"similarity_{order}_"
-        ends = {"": 2.0 + place / 2, "_low": 1.0, "_high": 9.0}
-        metrics |= {f"{prefix}{rise_key}{end}": value for end, value in ends.items()}
-        metrics |= {f"{prefix}{key}": value for key, value in SETS.items()}
-        metrics[f"{prefix}cheaper_random_sets_at_15"] = 10 * place
-    metrics |= {f"random_sets_{end}{rise_key}": rise for end, rise in {"": 4.5, "low_": 1.2, "high_": 9.5}.items()}
-    metrics[f"random_{rise_key}"] = 4.9
-    scores = {"": 0.3, "_stderr": 0.01, "_difference": -0.01, "_difference_margin": 0.02, "_p": 0.25}
-    models = ("whole", "redundancy_at_15", "pruned")
-    metrics |= {f"{m}_hellaswag_acc_norm{end}": value for m, (end, value) in product(models, scores.items())}
-    ends = {"": -0.4, "_low": -0.6, "_high": -0.1, "_p": 0.04}
+        rises = {rise_key: 2.0 + place / 2, f"{rise_key}_low": 1.0, f"{rise_key}_high": 9.0}
+        metrics |= _cross([f"similarity_{order}_"], {**rises, **SETS, "cheaper_random_sets_at_15": 10 * place})
+    for sets, rise in {"random_sets": 4.5, "random_sets_low": 1.2, "random_sets_high": 9.5, "random": 4.9}.items():
+        metrics[f"{sets}_{rise_key}"] = rise
+    models = [f"{model}_hellaswag_acc_norm" for model in ("whole", "redundancy_at_15", "pruned")]
+    metrics |= _cross(models, {"": 0.3, "_stderr": 0.01, "_difference": -0.01, "_difference_margin": 0.02, "_p": 0.25})
     kinds = [f"{name}_rank_correlation{place}" for name, place in product(COST_PREDICTORS, ("", "_in_layer"))]
-    metrics |= {f"{kind}{end}": value for kind, (end, value) in product(kinds, ends.items())}
+    metrics |= _cross(kinds, {"": -0.4, "_low": -0.6, "_high": -0.1, "_p": 0.04})
     _write_metrics(root, "prune", **metrics)
     faster = {f"heads_removed_{count}": 1 + count / n_heads for count in counts} | {"pruned": 1.2}
     rates = {f"{name}_{rate}": 1000.5 * faster[name] for name, rate in product(faster, PRUNED_RATES)}
