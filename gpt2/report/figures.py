@@ -42,9 +42,8 @@ GROUP_COLOURS = dict(zip(names.WORD_GROUPS, ("#332288", "#44aa99", "#aa4499"), s
 CRITERION_COLOURS = dict(zip(CRITERIA, (RED, "#e69f00", "#d55e00", "#56b4e9", GREY, GREEN), strict=True))
 SIMILARITY_COLOURS = ("#cc6677", "#332288", "#ddcc77", "#117733", "#88ccee", "#882255")
 MARKERS = "os^Dv*"
-REPAIR_LINES: dict[str, Any] = dict(
-    zip(("none", *REPAIRS.values()), ("-", "-", "-.", ":", "--", (0, (1, 3))), strict=True)
-)
+LINES: tuple[Any, ...] = ("-", "-", "-.", ":", "--", (0, (1, 3)))
+REPAIR_LINES = dict(zip(("none", *REPAIRS.values()), LINES, strict=True))
 RUN = ["arm", "norm", "max_lr", "warmup_steps", "seed"]  # identifies a run of the norm study
 MAX_STEPS = 6  # lines per panel that can be distinguished
 RISES = (-50, -20, -10, 0, 5, 10, 20, 50, 100, 200, 500, 1_000, 10_000, 100_000)
@@ -137,12 +136,10 @@ def plot_replicates(results: Results) -> Figure:
 
 
 def plot_norm_study(results: Results) -> Figure:
-    """Loss and gradient norm of every run of the main arm, faint, with running medians: a column per rate, a row per
-    warm-up."""
+    """Loss and gradient norm of each run of the main arm with running medians: a column per rate, a row per warm-up."""
     runs = results.table("norm_study/runs.csv", [*RUN, "diverged_at_step"])
-    runs = runs[runs["arm"] == names.MAIN_ARM]
     curves = results.table("norm_study/curves.csv", [*RUN, "step", "loss", "grad_norm"], may_be_empty=True)
-    curves = curves[curves["arm"] == names.MAIN_ARM]
+    runs, curves = (frame[frame["arm"] == names.MAIN_ARM] for frame in (runs, curves))
     entropy = results.value("norm_study.unigram_entropy")
     max_lrs, warmups = (sorted(runs[name].unique()) for name in ("max_lr", "warmup_steps"))
     figure, panels = make_panels(len(max_lrs), 2.9 * len(warmups) + 0.6, rows=2 * len(warmups))
@@ -243,12 +240,12 @@ def plot_bands(results: Results) -> Figure:
 def plot_vocabulary_runs(results: Results) -> Figure:
     """Bits per byte of the small models against vocabulary: a line per budget, bars over the range of the seeds."""
     table = load_vocabulary_runs(results)
-    budgets, uniform = table["budget"].unique(), table[table["own"]].drop_duplicates("vocab_size")
+    budgets, uniform = list(table["budget"].unique()), table[table["own"]].drop_duplicates("vocab_size")
     figure, panels = make_panels(2, 3.6)
     for axes, (part, title) in zip(panels, {"": "all text", "rare_": "rare words"}.items(), strict=True):
         key = f"{part}bits_per_byte"
         for (budget, own), rows in table.groupby(["budget", "own"]):
-            place = list(budgets).index(budget)
+            place = budgets.index(budget)
             style: dict[str, Any] = {"color": colour_ramp(len(budgets), 0.35)[place], "markersize": 5, "elinewidth": 1}
             style |= {"linestyle": "-", "label": f"{budget:.3g} FLOPs"} if own else {"linestyle": "", "mfc": "white"}
             spread = (rows[key] - rows[f"{key}_low"], rows[f"{key}_high"] - rows[key])
@@ -313,7 +310,9 @@ def plot_prune(results: Results) -> Figure:
     removed = table["heads_removed_percent"]
     rise = 100 * (table[[*CRITERIA, *REPAIRED, *ranges]] / results.value("prune.baseline_perplexity") - 1)
     figure, panels = make_panels(2, 4.2)
-    for axes, columns in zip(panels, (CRITERIA, REPAIRED), strict=True):
+    for axes, (title, columns) in zip(
+        panels, {"without repair": CRITERIA, "with repair": REPAIRED}.items(), strict=True
+    ):
         for column in columns:
             criterion, repair = split_pruning(column)
             style: dict[str, Any] = {"color": CRITERION_COLOURS[criterion], "linestyle": REPAIR_LINES[repair]}
@@ -327,7 +326,7 @@ def plot_prune(results: Results) -> Figure:
         axes.set_yticks(RISES, [f"{rise:,}" for rise in RISES])
         axes.minorticks_off()
         axes.set_ylim(min(-1, 1.2 * np.nanmin(rise)), max(12, 1.2 * np.nanmax(rise)))
-        axes.set(title="without repair" if columns is CRITERIA else "with repair", xlabel="Heads removed (%)")
+        axes.set(title=title, xlabel="Heads removed (%)")
     for repair in REPAIRS.values():
         panels[1].plot([], [], linestyle=REPAIR_LINES[repair], color=INK, label=repair)
     panels[0].set_ylabel("Rise of perplexity (%)")
