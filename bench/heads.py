@@ -35,8 +35,8 @@ from bench.machine import describe_processor, warn_if_busy
 from gpt2.data.shards import TokenSet
 from gpt2.data.windows import spread_windows
 from gpt2.heads.circuits import compare_circuits
-from gpt2.heads.null_models import compare_with_nulls, shuffle_tokens
 from gpt2.heads.similarity import HeadsConfig, compare_heads, cosine
+from gpt2.heads.study import compare_with_nulls, shuffle_tokens
 from gpt2.model.config import GPTConfig
 from gpt2.model.dist import setup_device
 from gpt2.model.gpt import GPT

@@ -14,8 +14,8 @@ from gpt2.heads.study import summarise_heads
 from gpt2.model.config import GPTConfig
 from gpt2.norm_study.tables import tabulate_settings
 from gpt2.pipeline.files import read_json, write_csv, write_json
-from gpt2.prune.similarity_orders import SIMILAR_ORDERS
-from gpt2.prune.single_heads import COST_PREDICTORS, COST_SIMILARITIES, HeadCost
+from gpt2.prune.criteria import COST_SIMILARITIES, SIMILAR_ORDERS
+from gpt2.prune.single_heads import COST_PREDICTORS, HeadCost
 from gpt2.report.document import TIMED_STAGES
 from gpt2.report.names import PRUNED_RATES
 from gpt2.report.results import Results

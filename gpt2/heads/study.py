@@ -1,16 +1,25 @@
-"""The head similarity study of one model: its heads on text, next to null models."""
+"""The head similarity study of one model: its heads on text, compared with two null models.
+
+An untrained model of the same shape has the causal mask and the first token, but has learned nothing. The trained model
+on the same tokens in random order has all that it learned, but no text: what its heads still have in common is due to
+positions and single tokens. Similarity that a null model also has is no evidence that heads learned the same. Compare
+with a null model by centred patterns: the raw ones of an untrained model are all uniform, so that no model can exceed
+their cosines.
+"""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
 
 import numpy as np
 import pandas as pd
+import torch
+from torch import Tensor
 
 from gpt2.data.shards import TokenSet
 from gpt2.data.windows import spread_windows
-from gpt2.heads.null_models import compare_with_nulls
+from gpt2.heads.circuits import compare_circuits
 from gpt2.heads.redundancy import DIGITS, list_pairs, summarise_layers, summarise_pairs
-from gpt2.heads.similarity import HeadsConfig, list_heads
+from gpt2.heads.similarity import HeadsConfig, compare_heads, list_heads
 from gpt2.model.config import GPTConfig
 from gpt2.model.evaluate import require_fit
 from gpt2.model.gpt import GPT
@@ -38,6 +47,29 @@ def study_heads(model: GPT, tokens: TokenSet, config: HeadsConfig) -> HeadStudy:
     matrices = compare_with_nulls(model, idx, config)
     tables, figures = summarise_heads(model.config, matrices, config)
     return HeadStudy(matrices, tables, {**figures, "tokens": idx.numel()})
+
+
+def compare_with_nulls(model: GPT, idx: Tensor, config: HeadsConfig) -> dict[str, np.ndarray]:
+    """Cosines between all heads over the token ids `idx` (N, T), each (M, M) float64.
+
+    The SAVED_SIMILARITIES of the model under their own names, the PATTERNS of the null models with the prefixes
+    untrained_ and shuffled_, and the circuits of the untrained model. `uniform` of all three is (M,): cosines with the
+    uniform pattern. Raises UserError as compare_heads.
+    """
+    untrained = GPT(model.config, config.seed).to(model.wte.weight.device)
+    shuffled = shuffle_tokens(idx, config.seed)
+    matrices = compare_heads(model, idx, config.batch_size) | compare_circuits(model)
+    nulls = {
+        "untrained": compare_heads(untrained, idx, config.batch_size, outputs=False) | compare_circuits(untrained),
+        "shuffled": compare_heads(model, shuffled, config.batch_size, outputs=False),
+    }
+    return matrices | {f"{null}_{name}": matrix for null, of in nulls.items() for name, matrix in of.items()}
+
+
+def shuffle_tokens(idx: Tensor, seed: int) -> Tensor:
+    """The token ids (N, T) with each row permuted at random and separately; the seed determines the permutations."""
+    generator = torch.Generator().manual_seed(seed)
+    return idx.gather(1, torch.rand(idx.shape, generator=generator, dtype=torch.float64).argsort(1))
 
 
 def summarise_heads(

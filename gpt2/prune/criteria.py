@@ -5,24 +5,29 @@ iterative.py has criteria that score the model again after removals.
 Letters: B sequences, T tokens, C channels, H heads of a layer, D channels of a head, M heads of all layers together.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from gpt2.heads.redundancy import COSINES
 from gpt2.heads.similarity import Head, list_heads
 from gpt2.model.gpt import GPT
 
 Order = list[Head]
-ONE_SHOT = ("redundancy", "taylor", "magnitude", "random")
+# Similarities that may predict which heads can be removed: the column of each in heads.csv, and its matrix.
+COST_SIMILARITIES = {name: COSINES[name][0] for name in ("similarity", "nosink", "output", "written", "qk", "ov")}
+# Matrices other than that of the patterns by which redundancy is ranked too, as criteria with the prefix.
+SIMILAR_ORDERS = tuple(COST_SIMILARITIES.values())[1:]
+SIMILARITY_PREFIX = "similarity_"
 
 
 def rank_heads(
     model: GPT, similarity: np.ndarray, taylor: Sequence[Tensor], seeds: Sequence[int]
 ) -> dict[str, list[Order]]:
-    """The orders of each criterion of ONE_SHOT: one per seed for random, one for each of the others.
+    """The orders of each criterion: one per seed for random, one for each of the others.
 
     similarity (M, M): cosines of the attention patterns; taylor: the result of score_taylor.
     """
@@ -33,6 +38,11 @@ def rank_heads(
         "magnitude": [order_by_score(score_magnitude(model))],
         "random": [order_at_random(heads, seed) for seed in seeds],
     }
+
+
+def rank_by_similarity(similarities: Mapping[str, np.ndarray], heads: Sequence[Head]) -> dict[str, list[Order]]:
+    """The order of order_by_redundancy by each of SIMILAR_ORDERS; similarities are (M, M) each."""
+    return {f"{SIMILARITY_PREFIX}{name}": [order_by_redundancy(similarities[name], heads)] for name in SIMILAR_ORDERS}
 
 
 def order_by_redundancy(similarity: np.ndarray, heads: Sequence[Head]) -> Order:

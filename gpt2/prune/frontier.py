@@ -14,10 +14,9 @@ from gpt2.model.evaluate import window_losses
 from gpt2.model.flops import flops_per_token, kv_cache_bytes_per_token, memory_bytes, params_per_head
 from gpt2.model.gpt import GPT
 from gpt2.prune.bootstrap import interval, resample_rises
-from gpt2.prune.criteria import Order
+from gpt2.prune.criteria import SIMILAR_ORDERS, SIMILARITY_PREFIX, Order
 from gpt2.prune.remove import claimed_count
 from gpt2.prune.repair import Calibration, Repair, remove_and_repair
-from gpt2.prune.similarity_orders import SIMILAR_ORDERS, SIMILARITY_PREFIX
 
 # Rise of perplexity that the reference allows for CLAIMED_SHARE of the heads.
 CLAIMED_RISE_PERCENT = 5.0

@@ -15,9 +15,8 @@ import numpy as np
 
 from gpt2.heads.similarity import Head
 from gpt2.prune.bootstrap import interval, resample_rises
-from gpt2.prune.criteria import Order, order_at_random
+from gpt2.prune.criteria import SIMILARITY_PREFIX, Order, order_at_random
 from gpt2.prune.frontier import DIGITS, SIMILAR, Evaluator, Frontier
-from gpt2.prune.similarity_orders import SIMILARITY_PREFIX
 
 
 def draw_sets(heads: Sequence[Head], count: int, n_sets: int) -> list[Order]:

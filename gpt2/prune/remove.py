@@ -98,10 +98,8 @@ def remove_heads(model: GPT, removed: Collection[Head]) -> GPT:
     pruned = copy.deepcopy(model)
     if not removed:
         return pruned
-    kept: list[list[int]] = [[] for _ in model.h]
-    for head in heads:
-        if head not in removed:
-            kept[head.layer].append(head.index)
+    left = [head for head in heads if head not in removed]
+    kept = [[head.index for head in left if head.layer == layer] for layer in range(model.config.n_layer)]
     pruned.config = GPTConfig(**{**model.config.model_dump(), "heads": tuple(map(len, kept))})
     for block, indices in zip(pruned.h, kept, strict=True):
         block.attn = _slice_attention(block.attn, pruned.config, indices)

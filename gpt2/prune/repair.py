@@ -135,7 +135,8 @@ def refit_stepwise(model: GPT, changed: GPT, windows: Tensor, batch_size: int, r
             with _watch(original.attn) as aim, _watch(block.attn) as found:
                 targets[i] = original(target)
                 block(state)
-            total.add(*found.outputs, block.alpha * (target - state) + aim.written[0] - found.written[0])
+            *outputs, written = found
+            total.add(*outputs, block.alpha * (target - state) + aim[-1] - written)
         mean, covariance = total.moments()
         own = Moments(mean[:-C], covariance[:-C, :-C])
         _correct(block.attn.c_proj, own, mean[-C:], covariance[:-C, -C:], ridge)
@@ -228,20 +229,13 @@ def _main_directions(covariance: Tensor, write: Tensor, count: int) -> Tensor:
     return torch.linalg.svd(root @ write, full_matrices=False).Vh[:count]
 
 
-class _Watched(NamedTuple):
-    """Head outputs (B, T, K) of a layer, empty if it has no heads, and the output (B, T, C) of its attention."""
-
-    outputs: list[Tensor]
-    written: list[Tensor]
-
-
 @contextmanager
-def _watch(attn: CausalSelfAttention) -> Iterator[_Watched]:
-    """Record the attention of a layer while the context is open."""
-    watched = _Watched([], [])
+def _watch(attn: CausalSelfAttention) -> Iterator[list[Tensor]]:
+    """Collect the head outputs (B, T, K) of a layer, none if it has no heads, and its attention output (B, T, C)."""
+    watched: list[Tensor] = []
     hooks = (
-        attn.c_proj.register_forward_pre_hook(lambda module, args: watched.outputs.append(args[0])),
-        attn.register_forward_hook(lambda module, args, output: watched.written.append(output)),
+        attn.c_proj.register_forward_pre_hook(lambda module, args: watched.append(args[0])),
+        attn.register_forward_hook(lambda module, args, output: watched.append(output)),
     )
     try:
         yield watched

@@ -13,20 +13,12 @@ from torch import Tensor
 
 from gpt2.heads.similarity import Head
 from gpt2.prune.bootstrap import interval
+from gpt2.prune.criteria import COST_SIMILARITIES
 from gpt2.prune.frontier import Evaluator
 
 DIGITS = 6
 RESAMPLES, PERMUTATIONS, SEED = 2000, 9999, 0
-# Predictors of the rise of the loss: the highest cosine to another head of the layer, with the name of its matrix in
-# data/heads.npz, and the importance.
-COST_SIMILARITIES = {
-    "similarity": "pattern",
-    "nosink": "pattern_nosink",
-    "output": "output",
-    "written": "written",
-    "qk": "qk",
-    "ov": "ov",
-}
+# Predictors of the rise of the loss: the highest cosine with another head of the layer, and the importance.
 COST_PREDICTORS = (*COST_SIMILARITIES, "taylor")
 
 

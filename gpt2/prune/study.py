@@ -18,7 +18,7 @@ from gpt2.hellaswag.items import Benchmark
 from gpt2.model.evaluate import mean_loss
 from gpt2.model.gpt import GPT
 from gpt2.prune.bootstrap import draw_weights
-from gpt2.prune.criteria import mask_heads, rank_heads, score_taylor
+from gpt2.prune.criteria import mask_heads, rank_by_similarity, rank_heads, score_taylor
 from gpt2.prune.frontier import (
     CHOICES,
     CLAIMED_RISE_PERCENT,
@@ -39,7 +39,6 @@ from gpt2.prune.recovery import recover
 from gpt2.prune.remove import PruneConfig, claimed_count, count_removals, remove_heads
 from gpt2.prune.repair import gather_calibration, remove_and_repair
 from gpt2.prune.scores import score_models
-from gpt2.prune.similarity_orders import rank_by_similarity
 from gpt2.prune.single_heads import HeadCost, correlate_costs, cost_each_head
 
 # Columns and rows of a CSV file.

@@ -13,7 +13,6 @@ from transformers import GPT2Config
 from transformers.models.gpt2.modeling_gpt2 import GPT2Attention
 
 from gpt2.heads import similarity as heads
-from gpt2.heads.null_models import compare_with_nulls, shuffle_tokens
 from gpt2.heads.similarity import (
     ACTIVITY,
     NULLS,
@@ -27,6 +26,7 @@ from gpt2.heads.similarity import (
     cosine,
     list_heads,
 )
+from gpt2.heads.study import compare_with_nulls, shuffle_tokens
 from gpt2.model.gpt import GPT, Block
 from gpt2.pipeline import params
 from gpt2.pipeline.files import UserError

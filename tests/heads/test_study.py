@@ -6,9 +6,8 @@ import pytest
 
 from gpt2.data.shards import TokenSet
 from gpt2.data.windows import spread_windows
-from gpt2.heads.null_models import compare_with_nulls
 from gpt2.heads.similarity import Head, HeadsConfig
-from gpt2.heads.study import study_heads, summarise_heads
+from gpt2.heads.study import compare_with_nulls, study_heads, summarise_heads
 from gpt2.model.config import GPTConfig
 from gpt2.model.gpt import GPT
 from gpt2.pipeline.files import UserError, read_json

@@ -4,8 +4,7 @@ import numpy as np
 import pytest
 
 from gpt2.heads.similarity import SAVED_SIMILARITIES, list_heads
-from gpt2.prune.criteria import order_by_redundancy
-from gpt2.prune.similarity_orders import SIMILAR_ORDERS, rank_by_similarity
+from gpt2.prune.criteria import SIMILAR_ORDERS, order_by_redundancy, rank_by_similarity
 from tests.analysed import make_model
 
 

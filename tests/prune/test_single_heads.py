@@ -7,11 +7,11 @@ from scipy.stats import spearmanr
 
 from gpt2.heads.similarity import list_heads
 from gpt2.model.evaluate import mean_loss
-from gpt2.prune.criteria import score_taylor
+from gpt2.prune.criteria import COST_SIMILARITIES, score_taylor
 from gpt2.prune.frontier import Evaluator
 from gpt2.prune.remove import remove_heads
 from gpt2.prune.repair import gather_calibration
-from gpt2.prune.single_heads import COST_PREDICTORS, COST_SIMILARITIES, HeadCost, correlate_costs, cost_each_head, holm
+from gpt2.prune.single_heads import COST_PREDICTORS, HeadCost, correlate_costs, cost_each_head, holm
 from tests.analysed import make_model, make_windows
 
 
