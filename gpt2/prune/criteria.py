@@ -5,7 +5,7 @@ iterative.py has criteria that score the model again after removals.
 Letters: B sequences, T tokens, C channels, H heads of a layer, D channels of a head, M heads of all layers together.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import numpy as np
@@ -104,6 +104,14 @@ def score_magnitude(model: GPT) -> list[Tensor]:
         columns = block.attn.c_proj.weight.double().view(-1, n_head, head_dim)
         scores.append((rows.square().sum((0, 2, 3)) + columns.square().sum((0, 2))).sqrt().cpu())
     return scores
+
+
+def make_masks(model: GPT, removed: Iterable[Head] = ()) -> list[Tensor]:
+    """One mask (H,) per layer for mask_heads, 0 for the removed heads and 1 for all others."""
+    masks = [torch.ones(n_head, device=model.wte.weight.device) for n_head in model.config.layer_heads]
+    for head in removed:
+        masks[head.layer][head.index] = 0
+    return masks
 
 
 @contextmanager

@@ -13,7 +13,7 @@ from torch import Tensor
 from gpt2.heads.similarity import Head
 from gpt2.model.gpt import GPT
 from gpt2.model.loss import token_losses
-from gpt2.prune.criteria import Order, mask_heads, order_by_score, score_taylor
+from gpt2.prune.criteria import Order, make_masks, mask_heads, order_by_score, score_taylor
 
 # Heads that a step of the greedy search tries.
 SHORTLIST = 8
@@ -26,16 +26,13 @@ def order_by_taylor_again(
 
     taylor: the result of score_taylor for the whole model on these windows (N, T + 1).
     """
-    masks = _ones(model)
     order: Order = []
     for count in counts:
         if order:
-            with mask_heads(model, masks):
+            with mask_heads(model, make_masks(model, order)):
                 taylor = score_taylor(model, windows, batch_size)
         left = [head for head in order_by_score(taylor) if head not in set(order)]
-        for head in left[: count - len(order)]:
-            masks[head.layer][head.index] = 0
-            order.append(head)
+        order += left[: count - len(order)]
     return order
 
 
@@ -48,7 +45,7 @@ def order_by_loss(model: GPT, taylor: Sequence[Tensor], windows: Tensor, count: 
     computed once a step, so the search takes count * SHORTLIST passes of half of the blocks, on average, and of the
     classifier. It holds N T C activations.
     """
-    device, masks, order = model.wte.weight.device, _ones(model), []
+    device, masks, order = model.wte.weight.device, make_masks(model), []
     batches = [(batch[:, :-1].to(device), batch[:, 1:].to(device)) for batch in windows.split(batch_size)]
     left = order_by_score(taylor)
     with mask_heads(model, masks):
@@ -82,8 +79,3 @@ def _losses_without(
         states = [model.h[layer](state) for state in states]
     # One synchronisation with the device, not one per head.
     return dict(zip(losses, torch.stack(list(losses.values())).tolist(), strict=True))
-
-
-def _ones(model: GPT) -> list[Tensor]:
-    """One mask (H,) per layer that keeps all heads."""
-    return [torch.ones(n_head, device=model.wte.weight.device) for n_head in model.config.layer_heads]

@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from gpt2.data.order import TrainOrder
@@ -18,7 +17,7 @@ from gpt2.hellaswag.items import Benchmark
 from gpt2.model.evaluate import mean_loss
 from gpt2.model.gpt import GPT
 from gpt2.prune.bootstrap import draw_weights
-from gpt2.prune.criteria import mask_heads, rank_by_similarity, rank_heads, score_taylor
+from gpt2.prune.criteria import make_masks, mask_heads, rank_by_similarity, rank_heads, score_taylor
 from gpt2.prune.frontier import (
     CHOICES,
     CLAIMED_RISE_PERCENT,
@@ -87,8 +86,7 @@ def read_text(folder: Path, block_size: int, config: PruneConfig) -> Text:
 
 def loss_without_attention(model: GPT, windows: Tensor, batch_size: int) -> float:
     """Mean loss in nats on windows (N, T + 1) without all heads."""
-    masks = [torch.zeros(n_head, device=model.wte.weight.device) for n_head in model.config.layer_heads]
-    with mask_heads(model, masks):
+    with mask_heads(model, make_masks(model, list_heads(model.config))):
         return mean_loss(model, windows, batch_size)
 
 
