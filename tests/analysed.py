@@ -7,6 +7,7 @@ import numpy as np
 import torch
 
 from gpt2.data.shards import Vocabulary, write_split
+from gpt2.heads.similarity import Head
 from gpt2.hellaswag.items import ENDINGS, PROTOCOLS, Benchmark, TokenizedItems, save_benchmark
 from gpt2.model.config import GPTConfig
 from gpt2.model.gpt import GPT
@@ -14,6 +15,9 @@ from gpt2.model.weights import save_model
 from tests.settings import HARDWARE
 
 VOCAB_SIZE, BLOCK_SIZE = 97, 24
+NORMS = ("preln", "postln", "deepnorm")
+# One head of the first of three layers, all four of the second, none of the third.
+REMOVED = [Head(0, 2), *(Head(1, index) for index in range(4))]
 SECTIONS = {
     "hardware": HARDWARE,
     "heads": {"n_tokens": 200, "batch_size": 3, "threshold": 0.85, "null_percentile": 95, "seed": 7},
@@ -55,6 +59,17 @@ def make_model(norm: str = "preln", n_layer: int = 3, n_head: int = 4, heads: tu
                 linear.weight.normal_(std=0.3, generator=generator)
                 linear.bias.normal_(std=0.1, generator=generator)
     return model
+
+
+def slice_head(model: GPT, head: Head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Views of the rows (3, D, C) and biases (3, D) of c_attn and of the columns (C, D) of c_proj of one head."""
+    attn = model.h[head.layer].attn
+    shape = (attn.n_head, attn.head_dim)
+    return (
+        attn.c_attn.weight.data.unflatten(0, (3, *shape))[:, head.index],
+        attn.c_attn.bias.data.unflatten(0, (3, *shape))[:, head.index],
+        attn.c_proj.weight.data.unflatten(1, shape)[:, head.index],
+    )
 
 
 def make_windows(n: int, seed: int = 5) -> torch.Tensor:

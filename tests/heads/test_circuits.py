@@ -9,10 +9,7 @@ import torch
 from gpt2.heads.circuits import CIRCUITS, compare_circuits
 from gpt2.heads.similarity import Head, list_heads
 from gpt2.model.gpt import GPT, Block
-from tests.analysed import make_model, make_windows
-from tests.heads.test_similarity import slice_head
-
-NORMS = ("preln", "postln", "deepnorm")
+from tests.analysed import NORMS, make_model, make_windows, slice_head
 
 
 def make_normed_model(norm: str, **shape) -> GPT:

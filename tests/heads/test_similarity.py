@@ -30,10 +30,9 @@ from gpt2.heads.study import compare_with_nulls, shuffle_tokens
 from gpt2.model.gpt import GPT, Block
 from gpt2.pipeline import params
 from gpt2.pipeline.files import UserError
-from tests.analysed import BLOCK_SIZE, SECTIONS, make_model, make_windows
+from tests.analysed import BLOCK_SIZE, NORMS, SECTIONS, make_model, make_windows, slice_head
 from tests.closure import ROOT
 
-NORMS = ("preln", "postln", "deepnorm")
 # Rows and columns of two different heads.
 OTHERS = ~np.eye(12, dtype=bool)
 
@@ -41,17 +40,6 @@ OTHERS = ~np.eye(12, dtype=bool)
 @pytest.fixture
 def idx() -> torch.Tensor:
     return make_windows(5)[:, :-1]
-
-
-def slice_head(model: GPT, head: Head) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """Views of the rows (3, D, C) and biases (3, D) of c_attn and of the columns (C, D) of c_proj of one head."""
-    attn = model.h[head.layer].attn
-    shape = (attn.n_head, attn.head_dim)
-    return (
-        attn.c_attn.weight.data.unflatten(0, (3, *shape))[:, head.index],
-        attn.c_attn.bias.data.unflatten(0, (3, *shape))[:, head.index],
-        attn.c_proj.weight.data.unflatten(1, shape)[:, head.index],
-    )
 
 
 def brute_force(model: GPT, idx: torch.Tensor) -> dict[str, np.ndarray]:
@@ -326,10 +314,8 @@ def test_nulls_are_an_untrained_model_and_shuffled_tokens(idx):
         assert (found[f"shuffled_{name}"] == shuffled[name]).all() and (shuffled[name] != trained[name]).any()
         assert (found[f"untrained_{name}"] == untrained[name]).all()
     circuits = {"untrained_qk", "untrained_ov"}
-    assert set(found) == {*SAVED_SIMILARITIES, *(f"{null}_{name}" for null in NULLS for name in measured)} | {
-        "uniform",
-        *circuits,
-    }
+    of_nulls = {f"{null}_{name}" for null in NULLS for name in measured}
+    assert set(found) == {*SAVED_SIMILARITIES, "uniform"} | of_nulls | circuits
     # Random matrices have nothing in common.
     assert all(abs(found[name][OTHERS]).max() < 0.3 for name in circuits)
 
@@ -342,7 +328,7 @@ def test_heads_that_see_positions_alone_are_as_alike_on_shuffled_tokens(idx):
         np.testing.assert_allclose(found[f"shuffled_{name}"], found[name], rtol=0, atol=1e-12)
 
 
-def test_similarities_survive_the_file(tmp_path, idx):
+def test_similarities_survive_the_file_for_their_model_alone(tmp_path, idx):
     model = make_model()
     matrices = compare_with_nulls(model, idx, HeadsConfig(**SECTIONS["heads"]))
     heads.save_similarities(tmp_path / "heads.npz", model.config, matrices)
@@ -353,13 +339,7 @@ def test_similarities_survive_the_file(tmp_path, idx):
         assert set(saved) == {*SAVED_SIMILARITIES, "untrained_pattern", "shuffled_pattern", "layer", "head"}
         for name in ("untrained_pattern", "shuffled_pattern"):
             assert (saved[name] == matrices[name]).all() and saved[name].dtype == np.float64
-
-
-def test_refuses_similarities_of_another_model(tmp_path, idx):
-    model = make_model()
-    matrices = compare_with_nulls(model, idx, HeadsConfig(**SECTIONS["heads"]))
-    heads.save_similarities(tmp_path / "heads.npz", model.config, matrices)
-    with pytest.raises(UserError, match=r"compares 12 heads.*dvc repro"):
+    with pytest.raises(UserError, match=r"heads\.npz compares 12 heads.*dvc repro head-similarity"):
         heads.load_similarities(tmp_path / "heads.npz", make_model(n_layer=2).config)
 
 

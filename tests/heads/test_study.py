@@ -12,8 +12,7 @@ from gpt2.model.config import GPTConfig
 from gpt2.model.gpt import GPT
 from gpt2.pipeline.files import UserError, read_json
 from stages import head_similarity
-from tests.analysed import BLOCK_SIZE, SECTIONS, make_model, prepare_folder, read_outputs
-from tests.heads.test_similarity import slice_head
+from tests.analysed import BLOCK_SIZE, SECTIONS, make_model, prepare_folder, read_outputs, slice_head
 
 CONFIG = HeadsConfig(**SECTIONS["heads"])
 

@@ -6,10 +6,10 @@ import torch
 from gpt2.heads.similarity import Head, list_heads
 from gpt2.model.evaluate import mean_loss
 from gpt2.prune import iterative
-from gpt2.prune.criteria import mask_heads, order_by_score, score_taylor
+from gpt2.prune.criteria import make_masks, mask_heads, order_by_score, score_taylor
 from gpt2.prune.iterative import order_by_loss, order_by_taylor_again
 from gpt2.prune.remove import remove_heads
-from tests.analysed import make_model, make_windows
+from tests.analysed import NORMS, make_model, make_windows
 
 
 @pytest.fixture
@@ -17,7 +17,7 @@ def windows() -> torch.Tensor:
     return make_windows(5)
 
 
-@pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_the_greedy_search_removes_the_cheapest_head_of_the_eight_lowest_taylor_scores_left(norm, windows):
     model = make_model(norm)
     taylor = score_taylor(model, windows, 5)
@@ -68,10 +68,7 @@ def test_taylor_is_taken_again_without_the_heads_that_are_gone(windows):
     order = order_by_taylor_again(model, taylor, windows, [0, 2, 5, 9], batch_size=5)
     assert order[:2] == order_by_score(taylor)[:2] and len(set(order)) == 9
     for first, last in ((2, 5), (5, 9)):
-        masks = [torch.ones(4) for _ in range(3)]
-        for head in order[:first]:
-            masks[head.layer][head.index] = 0
-        with mask_heads(model, masks):
+        with mask_heads(model, make_masks(model, order[:first])):
             again = score_taylor(model, windows, 5)
         left = [head for head in order_by_score(again) if head not in order[:first]]
         assert order[first:last] == left[: last - first]

@@ -12,7 +12,7 @@ from gpt2.prune.frontier import Evaluator
 from gpt2.prune.remove import remove_heads
 from gpt2.prune.repair import gather_calibration
 from gpt2.prune.single_heads import COST_PREDICTORS, HeadCost, correlate_costs, cost_each_head, holm
-from tests.analysed import make_model, make_windows
+from tests.analysed import NORMS, make_model, make_windows
 
 
 def make_costs(n: int, noise: float, seed: int = 0) -> list[HeadCost]:
@@ -32,7 +32,7 @@ def cost_heads(model, similarities, windows) -> tuple[list[HeadCost], list[torch
     return cost_each_head(evaluator, list_heads(model.config), similarities, taylor), taylor
 
 
-@pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_each_head_is_removed_alone(norm):
     model, windows = make_model(norm), make_windows(6)
     heads, rng = list_heads(model.config), np.random.default_rng(0)

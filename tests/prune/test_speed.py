@@ -3,14 +3,11 @@
 import pytest
 import torch
 
-from gpt2.heads.similarity import Head
 from gpt2.prune import speed as pruned_speed
 from gpt2.prune.remove import remove_heads
 from gpt2.prune.speed import ROUNDS, compare_speed
 from gpt2.sampling.cache import Cache
-from tests.analysed import BLOCK_SIZE, make_model, make_windows
-
-REMOVED = [Head(0, 2), *(Head(1, index) for index in range(4))]
+from tests.analysed import BLOCK_SIZE, NORMS, REMOVED, make_model, make_windows
 
 
 def test_rates_of_every_model_phase_and_batch():
@@ -30,7 +27,7 @@ def test_models_take_turns(monkeypatch):
     assert turns == one_round * (1 + ROUNDS)
 
 
-@pytest.mark.parametrize("norm", ["preln", "postln", "deepnorm"])
+@pytest.mark.parametrize("norm", NORMS)
 def test_what_is_timed_is_greedy_generation_within_the_context(norm, monkeypatch):
     model, prompts, extended = make_model(norm), make_windows(2)[:, : BLOCK_SIZE // 2], []
     extend = Cache.extend
