@@ -12,6 +12,8 @@ from gpt2.hellaswag.items import ENDINGS, PROTOCOLS, Benchmark, TokenizedItems, 
 from gpt2.model.config import GPTConfig
 from gpt2.model.gpt import GPT
 from gpt2.model.weights import save_model
+from gpt2.prune.frontier import Evaluator
+from gpt2.prune.repair import gather_calibration
 from tests.settings import HARDWARE
 
 VOCAB_SIZE, BLOCK_SIZE = 97, 24
@@ -75,6 +77,11 @@ def slice_head(model: GPT, head: Head) -> tuple[torch.Tensor, torch.Tensor, torc
 def make_windows(n: int, seed: int = 5) -> torch.Tensor:
     """Random token ids (n, BLOCK_SIZE + 1)."""
     return torch.randint(VOCAB_SIZE, (n, BLOCK_SIZE + 1), generator=torch.Generator().manual_seed(seed))
+
+
+def make_evaluator(model: GPT, windows: torch.Tensor) -> Evaluator:
+    """An evaluator of sets of heads on windows (N, T + 1), which also calibrate the repairs."""
+    return Evaluator(model, gather_calibration(model, windows, 5, 1e-3, np.eye(12)), windows, 5)
 
 
 def make_benchmark(n_items: int, seed: int = 6) -> Benchmark:

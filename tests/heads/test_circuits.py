@@ -1,4 +1,4 @@
-"""Circuits equal the C x C matrices that they stand for, and do not change where the model does not."""
+"""Cosines of circuits equal those of whole C x C matrices, and do not change where the model does not."""
 
 from collections.abc import Callable
 
@@ -132,7 +132,7 @@ def test_a_head_that_reads_alike_and_writes_otherwise_has_one_circuit_in_common(
     found = compare_circuits(model)
     assert found["qk"][first, first + 3] == pytest.approx(1, abs=1e-12)
     assert abs(found["ov"][first, first + 3]) < 0.9
-    # The opposite of a score is an alike circuit with the other sign.
+    # A score of the opposite sign is the same circuit with the opposite sign.
     ours[0] *= -1
     assert compare_circuits(model)["qk"][first, first + 3] == pytest.approx(-1, abs=1e-12)
 

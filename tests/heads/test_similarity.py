@@ -192,9 +192,14 @@ def test_rows_of_a_block_are_rows_of_the_whole():
     assert not whole.triu(1).any()
 
 
-def test_symmetric_with_ones_on_the_diagonal(idx):
-    found = compare_heads(make_model(), idx, 5)
+@pytest.mark.parametrize("kept", [None, (2, 0, 3)])
+def test_symmetric_with_ones_on_the_diagonal_and_a_row_for_each_head(kept, idx):
+    model = make_model(heads=kept)
+    n_heads = sum(model.config.layer_heads)
+    found = compare_heads(model, idx, 5)
+    assert found["uniform"].shape == (n_heads,)
     for matrix in (found[name] for name in ACTIVITY):
+        assert matrix.shape == (n_heads, n_heads)
         assert (matrix == matrix.T).all()
         assert (np.diagonal(matrix) == 1).all()
         assert (np.abs(matrix) <= 1).all()
@@ -271,11 +276,8 @@ def test_untrained_heads_are_alike_by_their_masks_and_not_when_centred(idx):
     assert abs(untrained["pattern_centred"][OTHERS].mean()) < 0.05
 
 
-def test_layers_without_heads_are_left_out(idx):
-    model = make_model(heads=(2, 0, 3))
-    assert list_heads(model.config) == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
-    found = compare_heads(model, idx, 5)
-    assert {found[name].shape for name in ACTIVITY} == {(5, 5)} and found["uniform"].shape == (5,)
+def test_layers_without_heads_are_not_listed():
+    assert list_heads(make_model(heads=(2, 0, 3)).config) == [(0, 0), (0, 1), (2, 0), (2, 1), (2, 2)]
 
 
 def test_hooks_are_removed_even_after_an_error(idx):

@@ -12,8 +12,7 @@ from gpt2.prune.criteria import order_at_random
 from gpt2.prune.frontier import SIMILAR, Evaluator, Frontier
 from gpt2.prune.random_sets import compare_with_chance, draw_matched_sets, draw_sets, tabulate_similarities
 from gpt2.prune.remove import remove_heads
-from gpt2.prune.repair import gather_calibration
-from tests.analysed import make_model, make_windows
+from tests.analysed import make_evaluator, make_model, make_windows
 
 WINDOWS = 20
 HEADS = list_heads(make_model().config)
@@ -100,9 +99,8 @@ def test_a_choice_without_alternatives_is_compared_with_itself():
 
 def test_rises_are_those_of_the_pruned_models():
     model, windows = make_model(), make_windows(5)
-    evaluator = Evaluator(model, gather_calibration(model, windows, 5, 1e-3, np.eye(12)), windows, 5)
     chosen = [Head(0, 0), Head(0, 2), Head(2, 1)]
-    figures = compare_with_chance(evaluator, HEADS, {"": chosen}, 4)
+    figures = compare_with_chance(make_evaluator(model, windows), HEADS, {"": chosen}, 4)
     losses = [mean_loss(remove_heads(model, heads), windows, 5) for heads in draw_matched_sets(HEADS, chosen, 4)]
     rises = 100 * np.expm1(np.array(losses) - mean_loss(model, windows, 5))
     assert figures["matched_random_sets_at_15"] == 4
@@ -125,7 +123,7 @@ def test_the_table_has_the_paired_difference_to_the_random_sets_at_15_percent():
     names = ["redundancy", *(column.name for column in SIMILAR)]
     frontier = make_frontier({name: 0.5 + place for place, name in enumerate(names)})
     whole, *_ = frontier.losses["redundancy"][0]
-    # All windows of a set rise alike, so that only the choice varies with the windows.
+    # The losses of a set rise equally in all windows, so that only the choice varies with the windows.
     sets = np.stack([whole + np.log1p(rise / 100) for rise in (1.0, 2.0, 6.0)])
     weights = draw_weights(np.arange(WINDOWS))
     header, rows = tabulate_similarities(frontier, 4, sets, weights)

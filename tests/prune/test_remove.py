@@ -33,6 +33,7 @@ from tests.analysed import (
     NORMS,
     REMOVED,
     SECTIONS,
+    make_evaluator,
     make_model,
     make_windows,
     prepare_folder,
@@ -275,10 +276,9 @@ def test_frontier_is_the_perplexity_of_the_pruned_models(windows):
 
 def test_a_set_of_heads_is_evaluated_once(windows, monkeypatch):
     model, passes = make_model(), []
-    calibration = gather_calibration(model, windows, 5, 1e-3, np.eye(12))
     count = frontier.window_losses
     monkeypatch.setattr(frontier, "window_losses", lambda *given: passes.append(given) or count(*given))
-    evaluator = Evaluator(model, calibration, windows, 5)
+    evaluator = make_evaluator(model, windows)
     heads = list_heads(model.config)
     for order in (heads[:2], heads[1::-1], [], heads[:3]):
         for repair in ("none", "refit"):
@@ -289,7 +289,7 @@ def test_a_set_of_heads_is_evaluated_once(windows, monkeypatch):
 
 
 def make_frontier(**rises: list[float]) -> Frontier:
-    """A frontier of 0, 1, 2 and 3 heads from rises in percent of a perplexity of 100, alike in two windows."""
+    """A frontier of 0, 1, 2 and 3 heads from rises in percent of a perplexity of 100, equal in two windows."""
     columns = {column.name: [50, 50, 50] for column in frontier.COLUMNS} | rises
     losses = {
         name: [np.full((1, 2), math.log(100 + rise)) for rise in (0, *values)] for name, values in columns.items()
@@ -330,11 +330,10 @@ def test_choice_of_the_saved_model(rises, name, n_removed):
 
 def test_columns_are_measured_down_to_the_largest_set_below_the_limit(windows):
     model = make_model()
-    calibration, orders = gather_calibration(model, windows, 5, 1e-3, np.eye(12)), make_orders(model, windows)
-    counts = [0, 2, 4, 6, 8]
-    full = frontier.measure_frontier(Evaluator(model, calibration, windows, 5), orders, counts)
+    evaluator, orders, counts = make_evaluator(model, windows), make_orders(model, windows), [0, 2, 4, 6, 8]
+    full = frontier.measure_frontier(evaluator, orders, counts)
     for limit in (0.0, np.median([full.rise_percent("random", count) for count in counts[1:]]), 1e9):
-        part = frontier.measure_frontier(Evaluator(model, calibration, windows, 5), orders, counts, limit_percent=limit)
+        part = frontier.measure_frontier(evaluator, orders, counts, limit_percent=limit)
         for name in full.perplexity:
             most = full.most_removed(name, limit)
             assert part.most_removed(name, limit) == most
@@ -489,13 +488,7 @@ def test_stage_trains_the_pruned_model_if_asked(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("key", "split"),
-    [
-        ("scoring_tokens", "val"),
-        ("selection_tokens", "val"),
-        ("eval_tokens", "test"),
-        ("calibration_tokens", "train"),
-    ],
+    ("key", "split"), [("scoring_tokens", "val"), ("eval_tokens", "test"), ("calibration_tokens", "train")]
 )
 def test_stage_refuses_too_few_tokens(key, split, tmp_path, monkeypatch):
     message = rf"prune: data/tokens/{split} has 500 tokens, 20 windows of 24; \d+ tokens, 4\d windows, were asked for"

@@ -25,7 +25,7 @@ def test_models_are_scored_and_compared_with_the_first():
     assert "whole_hellaswag_acc_norm_p" not in figures
 
 
-def test_a_model_beside_itself_does_not_differ():
+def test_a_model_does_not_differ_from_itself():
     model = make_model()
     figures = score_models({"whole": model, "pruned": remove_heads(model, [])}, make_benchmark(10), 200)
     assert [figures[f"pruned_hellaswag_acc_norm_{end}"] for end in ("difference", "p")] == [0, 1]

@@ -8,11 +8,9 @@ from scipy.stats import spearmanr
 from gpt2.heads.similarity import list_heads
 from gpt2.model.evaluate import mean_loss
 from gpt2.prune.criteria import COST_SIMILARITIES, score_taylor
-from gpt2.prune.frontier import Evaluator
 from gpt2.prune.remove import remove_heads
-from gpt2.prune.repair import gather_calibration
 from gpt2.prune.single_heads import COST_PREDICTORS, HeadCost, correlate_costs, cost_each_head, holm
-from tests.analysed import NORMS, make_model, make_windows
+from tests.analysed import NORMS, make_evaluator, make_model, make_windows
 
 
 def make_costs(n: int, noise: float, seed: int = 0) -> list[HeadCost]:
@@ -28,8 +26,7 @@ def make_costs(n: int, noise: float, seed: int = 0) -> list[HeadCost]:
 def cost_heads(model, similarities, windows) -> tuple[list[HeadCost], list[torch.Tensor]]:
     """Costs on the windows, and the Taylor scores there."""
     taylor = score_taylor(model, windows, 4)
-    evaluator = Evaluator(model, gather_calibration(model, windows, 4, 1e-3, np.eye(12)), windows, 4)
-    return cost_each_head(evaluator, list_heads(model.config), similarities, taylor), taylor
+    return cost_each_head(make_evaluator(model, windows), list_heads(model.config), similarities, taylor), taylor
 
 
 @pytest.mark.parametrize("norm", NORMS)
@@ -102,7 +99,7 @@ def test_a_predictor_of_the_layer_alone_does_not_correlate_within_layers():
     rng, costs = np.random.default_rng(1), []
     for i in range(200):
         layer = i // 50
-        # The importance tells the layer alone; similarity is the same in all layers, and lower where a head costs more.
+        # Taylor depends on the layer alone; similarity is the same in all layers, and lower where a head costs more.
         rise = 10 * layer + rng.random()
         costs.append(
             HeadCost(layer, i % 50, *[10 * layer - rise] * len(COST_SIMILARITIES), 10 * layer + rng.random(), rise)
