@@ -17,13 +17,14 @@ from gpt2.model.gpt import GPT
 from gpt2.model.loss import CHUNK_BYTES
 from gpt2.pipeline.params import PARAMS_FILE, REMEDY, build, read
 from gpt2.tokenizer.encodings import GPT2_VOCAB_SIZE, trained_size
+from gpt2.train.setup import set_precision
 from gpt2.train.short_runs import train_windows
 
 LOCK = Path("dvc.lock")
 # fp32 weights, gradients and two moments, in bytes per parameter.
 TRAINING_BYTES = 16
 # Saved for the backward pass, in bytes per token, channel and layer: measured with GPT-2 (124M).
-ACTIVATION_BYTES = {"float32": 64, "bfloat16": 40}
+ACTIVATION_BYTES = {"float32": 64, "bfloat16": 40, "bfloat16_mixed": 44}
 # Steps to measure at most, and the seconds after which no further step starts.
 MEASURED_STEPS, MEASURED_SECONDS = 20, 10.0
 # Tokens of a measured step on a CPU, at most: a full step would take minutes there, at about the same rate.
@@ -87,6 +88,7 @@ def measure_rate(plan: Plan) -> tuple[float, str]:
     # Random tokens, so that the rate can be measured before there is a text.
     windows, order = torch.randint(plan.model.vocab_size, (n_windows, block_size + 1)), np.arange(n_windows)[None]
     model = GPT(plan.model).to(device)
+    set_precision(model, train)
     forward: Any = torch.compile(model) if train.compile else model
     schedule = train.model_copy(update={"max_steps": train.warmup_steps + 1, "epochs": None})
     step = partial(train_windows, forward, schedule, windows, order, train.micro_batch, train.precision)

@@ -63,7 +63,7 @@ def check_gpus(plan: Plan) -> str:
         raise UserError(f"{key}={nproc} needs at least {plan.processes}, {found}; change it or use another machine")
     if not count:
         meant = f"train.precision={train.precision}, compile={train.compile} are meant for a GPU"
-        return f"{WARNING}none; {meant}" if train.compile or train.precision == "bfloat16" else "none, none needed"
+        return f"{WARNING}none; {meant}" if train.compile or train.precision != "float32" else "none, none needed"
     text = f"{count} × {torch.cuda.get_device_name()}"
     return f"{WARNING}{text}; {key}={nproc} leaves some idle, set it to gpu" if plan.processes < count else text
 

@@ -15,7 +15,9 @@ from torch import Tensor
 from gpt2.pipeline.files import UserError
 from gpt2.pipeline.hardware import HardwareConfig
 
-Precision = Literal["float32", "bfloat16"]
+# bfloat16: products, activations and residual stream in bfloat16; weights, moments and sums of gradients in fp32.
+# bfloat16_mixed: the residual stream in fp32 too.
+Precision = Literal["float32", "bfloat16", "bfloat16_mixed"]
 
 
 @dataclass(frozen=True)
@@ -72,7 +74,7 @@ class Dist:
 
 
 def autocast(device: torch.device, precision: Precision) -> AbstractContextManager:
-    """Mixed precision for the forward pass: bfloat16 products and activations with fp32 weights."""
+    """float32, or bfloat16 for the products and activations of the forward pass, of fp32 weights."""
     if precision == "float32":
         return nullcontext()
     return torch.autocast(device.type, dtype=torch.bfloat16)

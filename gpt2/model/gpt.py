@@ -28,6 +28,13 @@ warnings.filterwarnings("ignore", "Initializing zero-element tensors", UserWarni
 causal: Attend = partial(F.scaled_dot_product_attention, is_causal=True)
 
 
+class LayerNorm(nn.LayerNorm):
+    """Layer norm with the precision of its input in and out and that of autocast, fp32, within."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).to(x.dtype)
+
+
 class CausalSelfAttention(nn.Module):
     """Multi-head attention of each token to itself and the tokens before it, with `n_head` heads (0 after pruning)."""
 
@@ -71,9 +78,9 @@ class Block(nn.Module):
         super().__init__()
         self.pre_norm = config.norm == "preln"
         self.alpha = (2 * config.n_layer) ** 0.25 if config.norm == "deepnorm" else 1.0
-        self.ln_1 = nn.LayerNorm(config.n_embd)
+        self.ln_1 = LayerNorm(config.n_embd)
         self.attn = CausalSelfAttention(config, n_head)
-        self.ln_2 = nn.LayerNorm(config.n_embd)
+        self.ln_2 = LayerNorm(config.n_embd)
         self.mlp = MLP(config)
 
     def forward(self, x: Tensor, attend: Attend = causal) -> Tensor:
@@ -93,6 +100,10 @@ class GPT(nn.Module):
 
     # A ModuleList, whose type does not say what it holds.
     h: Sequence[Block]
+    # Under autocast: keep the residual stream in fp32 instead of autocast's precision.
+    residual_in_fp32 = False
+    # Train the output matrix with fp8 products.
+    fp8_head = False
 
     def __init__(self, config: GPTConfig, seed: int = 0, *, tied: bool = True, init_std: float = 0.02):
         super().__init__()
@@ -100,7 +111,7 @@ class GPT(nn.Module):
         self.wte = _embedding(config.padded_vocab_size, config.n_embd)
         self.wpe = _embedding(config.block_size, config.n_embd)
         self.h = nn.ModuleList(Block(config, n_head) for n_head in config.layer_heads)  # type: ignore[assignment]
-        self.ln_f = nn.LayerNorm(config.n_embd) if config.norm == "preln" else nn.Identity()
+        self.ln_f = LayerNorm(config.n_embd) if config.norm == "preln" else nn.Identity()
         self.lm_head = None if tied else nn.Parameter(torch.empty_like(self.wte.weight))
         self._init_weights(init_std, torch.Generator().manual_seed(seed))
 
@@ -148,6 +159,8 @@ class GPT(nn.Module):
         if positions is None and T > self.config.block_size:
             raise ValueError(f"sequence of {T} tokens exceeds block_size={self.config.block_size}")
         x = self.wte(idx) + (self.wpe.weight[:T] if positions is None else self.wpe(positions))
+        if torch.is_autocast_enabled(x.device.type) and not self.residual_in_fp32:
+            x = x.to(torch.get_autocast_dtype(x.device.type))
         for block, attend in zip(self.h, attends or [causal] * len(self.h), strict=True):
             x = block(x, attend)
         return self.ln_f(x)
@@ -157,7 +170,8 @@ class GPT(nn.Module):
         x = self.hidden(idx)
         if targets is None:
             return x @ self.output_matrix[: self.config.vocab_size].t()
-        return linear_cross_entropy(x.flatten(0, 1), self.output_matrix, targets.flatten(), self.config.vocab_size)
+        rows = (x.flatten(0, 1), self.output_matrix, targets.flatten(), self.config.vocab_size)
+        return linear_cross_entropy(*rows, fp8=self.fp8_head)
 
     def n_params(self) -> int:
         """Number of parameters, the padding of the vocabulary left out."""

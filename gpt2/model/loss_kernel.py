@@ -11,6 +11,8 @@ from torch import Tensor
 
 # Logits of a row at a time, and the warps that share them.
 BLOCK, WARPS = 4096, 8
+# Rows and columns of a tile of fp8 gradients, which is written in both layouts, and its warps.
+TILE_ROWS, TILE_COLUMNS, TILE_WARPS = 32, 128, 4
 
 
 def losses_and_gradients_(logits: Tensor, targets: Tensor, vocab_size: int, scale: float | None = None) -> Tensor:
@@ -23,6 +25,41 @@ def losses_and_gradients_(logits: Tensor, targets: Tensor, vocab_size: int, scal
     arguments = (logits, targets, losses, logits.stride(0), vocab_size, logits.shape[1], scale or 0.0)
     _kernel[(len(logits),)](*arguments, WITH_GRADIENT=scale is not None, BLOCK=BLOCK, num_warps=WARPS)
     return losses
+
+
+def losses_and_fp8_gradients(
+    logits: Tensor, targets: Tensor, vocab_size: int, scale: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    """Losses as above, and scale × their gradients with the logits in e5m2, (n, V) and transposed (V, n)."""
+    n, width = logits.shape
+    losses = losses_and_gradients_(logits, targets, vocab_size)
+    gradient = torch.empty(n, width, dtype=torch.float8_e5m2, device=logits.device)
+    transposed = torch.empty(width, n, dtype=torch.float8_e5m2, device=logits.device)
+    _fp8_kernel[triton.cdiv(n, TILE_ROWS), triton.cdiv(width, TILE_COLUMNS)](
+        logits, targets, losses, gradient, transposed, n, vocab_size, width, scale,
+        ROWS=TILE_ROWS, COLUMNS=TILE_COLUMNS, num_warps=TILE_WARPS,
+    )  # fmt: skip
+    return losses, gradient, transposed
+
+
+@triton.jit
+def _fp8_kernel(
+    logits, targets, losses, gradient, transposed, n, vocab_size, width, scale,
+    ROWS: tl.constexpr, COLUMNS: tl.constexpr,
+):  # fmt: skip
+    row = (tl.program_id(0) * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+    column = (tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)).to(tl.int64)
+    target = tl.load(targets + row, mask=row < n, other=0)
+    picked = tl.load(logits + row * width + target, mask=row < n, other=0.0).to(tl.float32)
+    # The loss is log(sum of exponentials) - logit of the target.
+    log_total = tl.load(losses + row, mask=row < n, other=0.0) + picked
+    inside = (row < n)[:, None] & (column < width)[None, :]
+    place = row[:, None] * width + column[None, :]
+    x = tl.load(logits + place, mask=inside & (column < vocab_size)[None, :], other=-float("inf")).to(tl.float32)
+    value = tl.exp(x - log_total[:, None]) - tl.where(column[None, :] == target[:, None], 1.0, 0.0)
+    value = (scale * value).to(tl.float8e5)
+    tl.store(gradient + place, value, mask=inside)
+    tl.store(transposed + column[:, None] * n + row[None, :], tl.trans(value), mask=tl.trans(inside))
 
 
 @triton.jit

@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from pydantic import Field, PositiveFloat, PositiveInt, model_validator
@@ -55,6 +55,8 @@ class TrainConfig(OptimConfig):
     # Windows of one forward pass in one process: set by memory, without effect on the result beyond rounding.
     micro_batch: PositiveInt
     precision: Precision
+    # fp8 products: none, or those of the output matrix in training (bfloat16 on a GPU of compute capability 8.9).
+    fp8: Literal["none", "head"] = "none"
     # torch.compile the training step (GPU).
     compile: bool
     # Only kernels that give the same bits every time (GPU; a CPU has no others).
@@ -68,9 +70,11 @@ class TrainConfig(OptimConfig):
     eval_items: PositiveInt
 
     @model_validator(mode="after")
-    def _one_length(self) -> "TrainConfig":
+    def _consistent(self) -> "TrainConfig":
         if (self.max_steps is None) == (self.epochs is None):
             raise ValueError(f"max_steps={self.max_steps} and epochs={self.epochs}: give one and set the other to null")
+        if self.fp8 != "none" and self.precision != "bfloat16":
+            raise ValueError(f"fp8={self.fp8} needs precision=bfloat16, not {self.precision}; change one of the two")
         return self
 
     def in_steps(self, order: TrainOrder) -> "TrainConfig":

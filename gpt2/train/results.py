@@ -123,7 +123,7 @@ def windows_in_same_place(windows_per_epoch: int, seed: int) -> int:
 
 def attention_backend(model: GPT, precision: Precision) -> str:
     """Name of the kernel that scaled_dot_product_attention picks for the training shapes on the model's device."""
-    shape, dtype = model.config, torch.bfloat16 if precision == "bfloat16" else torch.float32
+    shape, dtype = model.config, torch.bfloat16 if precision != "float32" else torch.float32
     size = (1, shape.n_head, shape.block_size, shape.head_dim)
     q = torch.empty(size, dtype=dtype, device=model.wte.weight.device, requires_grad=True)
     return SDPBackend(torch._fused_sdp_choice(q, q, q, is_causal=True)).name.lower()

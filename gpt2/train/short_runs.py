@@ -4,7 +4,7 @@ from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
 from multiprocessing import get_context
-from typing import Annotated, Any, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -41,7 +41,7 @@ class ShortRunConfig(ModelShape, AdamConfig):
     # Windows of one step, and at most of one forward pass.
     batch_windows: PositiveInt
     micro_batch: PositiveInt
-    precision: Precision
+    precision: Literal["float32", "bfloat16"]
 
     def shape(self, vocab_size: int, norm: Norm) -> GPTConfig:
         """The shape of a model."""

@@ -61,6 +61,63 @@ def test_the_losses_of_tokens_are_those_of_torch_and_their_mean_is_the_loss(rows
         torch.testing.assert_close(value.detach(), losses.mean())
 
 
+def rounded(x: Tensor, dtype: torch.dtype, scale: float) -> Tensor:
+    """`x` as numbers of `dtype` times a scale hold it, in float64."""
+    return (x / scale).to(dtype).double() * scale
+
+
+@CHUNKS
+def test_fp8_loss_and_gradients_are_those_of_the_rounded_operands(rows, chunk_of):
+    chunk_of(rows)
+    hidden, weight, targets = make_inputs(n_rows=64)
+    hidden = hidden.bfloat16().float()
+    scaled = [rounded(part, torch.float8_e4m3fn, part.abs().max().item() / 448) for part in (hidden, weight)]
+    logits = (scaled[0] @ scaled[1].t()).bfloat16().double()
+    logits[:, VOCAB:] = -torch.inf
+    expected = F.cross_entropy(logits, targets)
+    gradient = logits.softmax(1) - F.one_hot(targets, PADDED)
+    gradient = rounded(gradient, torch.float8_e5m2, 2.0**-15) / len(hidden)
+    h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+    value = linear_cross_entropy(h, w, targets, VOCAB, fp8=True)
+    value.backward()
+    torch.testing.assert_close(value.double(), expected, rtol=1e-4, atol=1e-4)
+    assert w.grad.dtype == torch.float32
+    for ours, exact in ((h.grad, gradient @ scaled[1]), (w.grad, gradient.t() @ scaled[0])):
+        # The products are rounded to bfloat16, and gradients next to a limit of e5m2 to the other side.
+        assert (ours - exact).norm() < 0.01 * exact.norm()
+    assert not w.grad[VOCAB:].any()
+
+
+def test_the_fp8_loss_learns_what_the_exact_one_does():
+    hidden, weight, targets = make_inputs()
+    gradients = []
+    for fp8 in (False, True):
+        h, w = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
+        linear_cross_entropy(h, w, targets, VOCAB, fp8=fp8).backward()
+        gradients.append((h.grad, w.grad))
+    for exact, coarse in zip(*gradients, strict=True):
+        assert F.cosine_similarity(exact.flatten(), coarse.flatten(), dim=0) > 0.99
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is for GPUs")
+@pytest.mark.parametrize("chunk_bytes", [2**20, 2**31])
+def test_the_fp8_kernel_of_a_gpu_computes_what_a_cpu_does(chunk_bytes, monkeypatch):
+    monkeypatch.setitem(loss.CHUNK_BYTES, "cuda", chunk_bytes)
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = torch.randn(208, 64, generator=generator), torch.randn(10112, 64, generator=generator)
+    targets = torch.randint(10001, (208,), generator=generator)
+    results = []
+    for device in ("cpu", "cuda"):
+        h, w = (part.to(device).requires_grad_() for part in (hidden.clone(), weight.clone()))
+        with torch.autocast(device, torch.bfloat16):
+            value = linear_cross_entropy(h, w, targets.to(device), 10001, fp8=True)
+        value.backward()
+        results.append([part.cpu() for part in (value, h.grad, w.grad)])
+    for on_cpu, on_gpu in zip(*results, strict=True):
+        assert (on_gpu - on_cpu).norm() <= 2e-2 * on_cpu.norm()
+    assert not results[1][2][10001:].any()
+
+
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="the kernel is for GPUs")
 @pytest.mark.parametrize("chunk_bytes", [2**12, 2**31])
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-4), (torch.bfloat16, 2e-2)])

@@ -307,9 +307,16 @@ def test_signal_handlers_are_put_back(tmp_path):
     assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)] == before
 
 
-def test_a_run_resumed_twice_has_every_row_once(tmp_path):
-    prepare_folder(tmp_path, train={"max_steps": 24, "checkpoint_interval": 4, "eval_interval": 6})
+@pytest.mark.parametrize(
+    "numbers",
+    [{"precision": "float32"}, {"precision": "bfloat16_mixed"}, {"precision": "bfloat16", "fp8": "head"}],
+    ids=lambda numbers: "-".join(numbers.values()),
+)
+def test_a_run_resumed_twice_has_every_row_once(tmp_path, numbers):
+    prepare_folder(tmp_path, train={"max_steps": 24, "checkpoint_interval": 4, "eval_interval": 6, **numbers})
     first = fit_here(load_parts(tmp_path), tmp_path)
+    # In any precision the checkpoint holds fp32 weights and moments.
+    assert {t.dtype for t in load_file(tmp_path / "step_00000024.safetensors").values()} == {torch.float32}
     assert checkpoint_names(tmp_path) == ["step_00000020", "step_00000024"]
     # Resumes at 20 with the rows to 24 in the log, and writes its checkpoint of 24 behind them or in their place.
     (tmp_path / "step_00000024.safetensors").unlink()
@@ -389,6 +396,7 @@ def test_a_resumed_run_diverges_where_the_first_did(tmp_path):
         ({"tokens_per_step": 16384}, r"data/tokens/train has 8008 tokens, .* 16384 \+ 1; lower train\.tokens_per_step"),
         ({"eval_tokens": 5000}, r"data/tokens/val has 4004 tokens; 4993 are needed for 5000"),
         ({"warmup_steps": 120}, r"warmup_steps=120 .* max_steps=120"),
+        ({"fp8": "head"}, r"fp8=head needs precision=bfloat16, not float32"),
         ({"micro_batch": 0}, r"tiny\.train\.micro_batch = 0"),
         ({"max_steps": 20, "epochs": 1.0}, r"max_steps=20 and epochs=1\.0: give one"),
         ({"max_steps": None, "epochs": None}, r"max_steps=None and epochs=None: give one"),
