@@ -23,15 +23,13 @@ from pathlib import Path
 import psutil
 import torch
 
-from bench.baseline import import_nanogpt
-from gpt2.data.order import TrainOrder
+from bench.baseline import nanogpt_step
 from gpt2.data.shards import TokenSet
 from gpt2.model.config import GPTConfig
 from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import read_json, write_json
 from gpt2.pipeline.params import load, read
 from gpt2.train.loop import TrainConfig
-from gpt2.train.optim import lr_at
 
 ROOT = Path(__file__).resolve().parent.parent
 # 40 million tokens in 80 steps: long enough for the loss to leave the unigram entropy, minutes on one GPU.
@@ -164,34 +162,17 @@ def disturb(process: subprocess.Popen, folder: Path, experiment: Experiment) -> 
 
 def time_nanogpt(tokens: Path, out: Path, checkout: Path) -> None:
     """Tokens per second and memory of nanoGPT's compiled model with the step of its train.py, after three steps."""
-    nanogpt = import_nanogpt(checkout)
     values = {**read(ROOT / "params.yaml"), "scale": "short"}
+    # Its memory allows no larger micro-batch.
+    values["short"]["train"] |= {"micro_batch": 64}
     config = load("train", TrainConfig, values)
     shape = load("model", GPTConfig, values, norm="preln", vocab_size=50257)
-    order = TrainOrder(TokenSet(tokens, "train"), shape.block_size, config.batch_windows(shape.block_size), config.seed)
     torch.set_float32_matmul_precision("high")
-    torch.manual_seed(config.seed)
-    # The padded vocabulary of its own train.py.
-    model = nanogpt.GPT(nanogpt.GPTConfig(vocab_size=50304, dropout=0.0, bias=True)).cuda()
-    optimizer = model.configure_optimizers(config.weight_decay, config.max_lr, (config.beta1, config.beta2), "cuda")
-    forward = torch.compile(model)
-    accumulation = config.accumulation(shape.block_size, 1)
+    take_step = nanogpt_step(checkout, config, shape, TokenSet(tokens, "train"))
     losses, times = [], []
-    for step in range(NANOGPT_STEPS):
-        torch.cuda.synchronize()
+    for number in range(NANOGPT_STEPS):
         started = time.perf_counter()
-        for group in optimizer.param_groups:
-            group["lr"] = lr_at(step, config)
-        for micro_step in range(accumulation):
-            batch = order.batch(step, micro_step * config.micro_batch, config.micro_batch)
-            idx, targets = (rows.contiguous().pin_memory().cuda(non_blocking=True) for rows in batch)
-            with torch.autocast("cuda", dtype=torch.bfloat16):
-                loss = forward(idx, targets)[1] / accumulation
-            loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), config.grad_clip)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
-        losses.append(accumulation * loss.item())
+        losses.append(take_step(number))
         torch.cuda.synchronize()
         times.append(time.perf_counter() - started)
     write_json(
