@@ -114,7 +114,8 @@ def test_the_fp8_kernel_of_a_gpu_computes_what_a_cpu_does(chunk_bytes, monkeypat
         value.backward()
         results.append([part.cpu() for part in (value, h.grad, w.grad)])
     for on_cpu, on_gpu in zip(*results, strict=True):
-        assert (on_gpu - on_cpu).norm() <= 2e-2 * on_cpu.norm()
+        # Logits that differ in their last bit have gradients that e5m2 may round to neighbours, 25 % apart.
+        assert (on_gpu - on_cpu).norm() <= 0.1 * on_cpu.norm()
     assert not results[1][2][10001:].any()
 
 
