@@ -1,11 +1,11 @@
 """The training engine where it will be used: GPT-2 (124M) on real GPUs, killed and resumed, alone and in a pair.
 
-    python -m bench.gpu TOKENS OUT NAME ... [--nanogpt DIR]
+    python -m bench.gpu TOKENS OUT NAME ...
 
 TOKENS is a folder as the stage `tokenize` writes it. Each NAME is one of the experiments below: the stage `train` as
 the pipeline runs it, under torchrun, in a folder of its own with the `short` block of params.yaml and the changes
-given. `nanogpt` measures the training step of nanoGPT (DIR holds its model.py) on the same batches. Results go to
-OUT/NAME.json; `python -m bench.gpu_table` makes bench/results/gpu.md and its picture of them.
+given. Results go to OUT/NAME.json; `python -m bench.gpu_table` makes bench/results/gpu.md and its picture of them. The
+speed is measured by bench.speed.
 """
 
 import hashlib
@@ -23,17 +23,15 @@ from pathlib import Path
 import psutil
 import torch
 
-from bench.baseline import nanogpt_step
-from gpt2.data.shards import TokenSet
-from gpt2.model.config import GPTConfig
 from gpt2.pipeline.command import Parser, reporting
 from gpt2.pipeline.files import read_json, write_json
-from gpt2.pipeline.params import load, read
-from gpt2.train.loop import TrainConfig
+from gpt2.pipeline.params import read
 
 ROOT = Path(__file__).resolve().parent.parent
 # 40 million tokens in 80 steps: long enough for the loss to leave the unigram entropy, minutes on one GPU.
 LENGTH = {
+    # Divides the steps of two processes too.
+    "micro_batch": 64,
     **{"max_steps": 80, "warmup_steps": 20, "eval_interval": 40, "checkpoint_interval": 20, "log_interval": 10},
     **{"eval_tokens": 131072, "eval_items": 10042},
 }
@@ -43,7 +41,6 @@ EVALUATED = {
     **LENGTH,
     **{"max_steps": 12, "warmup_steps": 6, "eval_interval": 12, "checkpoint_interval": 12, "eval_tokens": 10485760},
 }
-NANOGPT_STEPS = 20
 
 
 @dataclass(frozen=True)
@@ -160,47 +157,14 @@ def disturb(process: subprocess.Popen, folder: Path, experiment: Experiment) -> 
     return step
 
 
-def time_nanogpt(tokens: Path, out: Path, checkout: Path) -> None:
-    """Tokens per second and memory of nanoGPT's compiled model with the step of its train.py, after three steps."""
-    values = {**read(ROOT / "params.yaml"), "scale": "short"}
-    # Its memory allows no larger micro-batch.
-    values["short"]["train"] |= {"micro_batch": 64}
-    config = load("train", TrainConfig, values)
-    shape = load("model", GPTConfig, values, norm="preln", vocab_size=50257)
-    torch.set_float32_matmul_precision("high")
-    take_step = nanogpt_step(checkout, config, shape, TokenSet(tokens, "train"))
-    losses, times = [], []
-    for number in range(NANOGPT_STEPS):
-        started = time.perf_counter()
-        losses.append(take_step(number))
-        torch.cuda.synchronize()
-        times.append(time.perf_counter() - started)
-    write_json(
-        out / "nanogpt.json",
-        {
-            "says": "nanoGPT, compiled",
-            "device": torch.cuda.get_device_name(),
-            "torch": torch.__version__,
-            "date": date.today().isoformat(),
-            "tokens_per_s": config.tokens_per_step * len(times[3:]) / sum(times[3:]),
-            "peak_gpu_memory_gib": torch.cuda.max_memory_allocated() / 2**30,
-            "loss": losses[-1],
-        },
-    )
-
-
 def main(argv: list[str]) -> None:
     parser = Parser(prog="python -m bench.gpu", description=__doc__.splitlines()[0])
     parser.add_argument("tokens", type=Path)
     parser.add_argument("out", type=Path)
-    parser.add_argument("names", nargs="+", choices=[*EXPERIMENTS, "nanogpt"])
-    parser.add_argument("--nanogpt", type=Path, help="folder with nanoGPT's model.py")
+    parser.add_argument("names", nargs="+", choices=EXPERIMENTS)
     arguments = parser.parse_args(argv)
     for name in arguments.names:
-        if name == "nanogpt":
-            time_nanogpt(arguments.tokens, arguments.out, arguments.nanogpt)
-        else:
-            run(name, arguments.tokens, arguments.out)
+        run(name, arguments.tokens, arguments.out)
         print(f"{name}: done", flush=True)
 
 

@@ -68,7 +68,7 @@ def describe_costs(result: Mapping) -> str:
 
 def describe(results: Mapping[str, Mapping]) -> str:
     """The page."""
-    whole, postln, fused, nanogpt = (results[name] for name in ("whole", "postln", "fused", "nanogpt"))
+    whole, postln = results["whole"], results["postln"]
     entropy = whole["metrics"]["unigram_entropy"]
     rows = [row_of(results[name]) for name in EXPERIMENTS if name in results]
     pairs = (
@@ -76,9 +76,7 @@ def describe(results: Mapping[str, Mapping]) -> str:
         *(("exact", "free"), ("whole", "killed"), ("whole", "pair-killed")),
     )
     exact, free = (results[name]["speed"]["tokens_per_s"] for name in ("exact", "free"))
-    waits = [
-        result["speed"]["data_wait_percent"] for name, result in results.items() if name not in ("nanogpt", *READ_AHEAD)
-    ]
+    waits = [result["speed"]["data_wait_percent"] for name, result in results.items() if name not in READ_AHEAD]
     dates = sorted({result["date"] for result in results.values()})
     return "\n".join(
         [
@@ -111,11 +109,9 @@ def describe(results: Mapping[str, Mapping]) -> str:
             + f" of the time of their steps. The others, for which it was {min(waits):.1f} to {max(waits):.1f} %, ran "
             "before each micro-batch was read while the GPU works, or was copied from pages that cannot move.",
             "",
-            f"nanoGPT, compiled, in the same call as “{fused['says']}”: {nanogpt['tokens_per_s']:,.0f} tokens/s and "
-            f"{nanogpt['peak_gpu_memory_gib']:.1f} GiB on {nanogpt['device']}, so that this project trains at "
-            f"{fused['speed']['tokens_per_s'] / nanogpt['tokens_per_s']:.2f} times its rate. In all other runs the "
-            "loss took several passes over logits in fp32; now one kernel computes losses and gradients in place, from "
-            "logits in bfloat16.",
+            "The speed of training has [a page of its own](speed.md); these runs are older. In all of them but “"
+            f"{results['fused']['says']}” the loss took several passes over logits in fp32; now one kernel computes "
+            "losses and gradients in place, from logits in bfloat16.",
             "",
             f"Long runs: {LENGTH['max_steps']} steps of 524,288 tokens; short ones: {SHORT['max_steps']} steps of "
             f"{SHORT['tokens_per_step']:,}. 19,200,142 tokens of open textbooks and public-domain books. Rates leave "
