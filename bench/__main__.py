@@ -1,4 +1,4 @@
-"""Training throughput on the CPU: this project beside transformers and nanoGPT, in one run on the same tokens.
+"""Training throughput on the CPU: this project next to transformers and nanoGPT, in one run on the same tokens.
 
     python -m bench [--nanogpt DIR]        # make bench NANOGPT=DIR; DIR holds nanoGPT's model.py
 
@@ -6,7 +6,7 @@ Every row trains the tiny model of params.yaml in fp32 with AdamW and gradient c
 data/tokens, with as many threads in all as hardware.threads says. The rows are processes of their own that wait for
 their turn; they take turns ROUNDS times, so that a slow minute of the machine meets all of them. The fastest round
 counts, since all else that the machine does can only slow a row, and slows most the rows that move most memory; the
-median stands beside it. Memory is the largest resident set of the training processes.
+median is shown next to it. Memory is the largest resident set of the training processes.
 
 The limit is arithmetic: a token costs 6 operations per weight of a matrix product and 12 L C T for attention, forward
 and backward (Chowdhery et al. 2022, "PaLM", appendix B), and no step is faster than these at the rate of the machine's

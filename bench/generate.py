@@ -1,4 +1,4 @@
-"""Generation: this project beside nanoGPT's sampler, at GPT-2's own size with random weights.
+"""Generation: this project next to nanoGPT's sampler, at GPT-2's own size with random weights.
 
     python -m bench.generate --nanogpt DIR        # DIR holds nanoGPT's model.py
 
@@ -10,9 +10,9 @@ pass over the whole text, whose time depends on the length of the text alone. So
 SAMPLED lengths from the first to the last, once in each of the same rounds, and its whole time is the sum over all
 lengths of the line between them. The page says so.
 
-The fastest round counts; the median stands beside it. The limit is arithmetic: no step can take less time than reading
-all weights once, at the rate at which the machine reads memory (the fastest sum over an array of BANDWIDTH_BYTES). Keys
-and values, which are read as well, are not counted, so that 100 % is out of reach.
+The fastest round counts; the median is shown next to it. The limit is arithmetic: no step can take less time than
+reading all weights once, at the rate at which the machine reads memory (the fastest sum over an array of
+BANDWIDTH_BYTES). Keys and values, which are read as well, are not counted, so that 100 % is out of reach.
 """
 
 import os

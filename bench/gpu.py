@@ -51,7 +51,7 @@ class Experiment:
     nproc: int = 1
     norm: str = "preln"
     train: dict = field(default_factory=lambda: LENGTH)
-    # SIGKILL to all processes, or to the last worker alone, as soon as there is a checkpoint of so many steps.
+    # SIGKILL to all processes, or to the last worker alone, after the checkpoint of `after_step`.
     kill: str = ""
     after_step: int = 0
 

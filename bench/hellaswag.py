@@ -1,4 +1,4 @@
-"""HellaSwag: the scorer of this project beside the loop of build-nanogpt, on the same model and items in one run.
+"""HellaSwag: the scorer of this project next to the loop of build-nanogpt, on the same model and items in one run.
 
     python -m bench.hellaswag [--items hellaswag_val.jsonl.gz] [--scale tiny] [--loop_items 300] [--rounds 3]
 
@@ -149,7 +149,7 @@ def main(argv: Sequence[str]) -> None:
     processor = on_cpu if device.type == "cpu" else torch.cuda.get_device_name()
     arguments = f"--scale {options.scale} --loop_items {options.loop_items} --rounds {options.rounds}"
     text = (
-        f"# HellaSwag: the scorer beside build-nanogpt's loop\n\n{date.today()}, {processor}, torch "
+        f"# HellaSwag: the scorer next to build-nanogpt's loop\n\n{date.today()}, {processor}, torch "
         f"{torch.__version__}; the {model.n_params() / 1e6:.1f}M parameters of the scale {options.scale}, fp32, "
         f"{batch_tokens} tokens a batch, protocol {PROTOCOL}; the fastest of {options.rounds} interleaved rounds after "
         f"a warm-up, all items once.\n\n```\npython -m bench.hellaswag --items FILE {arguments}\n```\n\n"

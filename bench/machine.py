@@ -10,7 +10,7 @@ BUSY = 0.5
 
 
 def describe_processor() -> str:
-    """Name, and where the system tells them family and model."""
+    """Name, and family and model where the system reports them."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     pairs = (line.split(":", 1) for line in reversed(lines) if ":" in line)

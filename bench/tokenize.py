@@ -1,4 +1,4 @@
-"""Tokenizing: this project with growing numbers of processes beside build-nanogpt's method, on the same text.
+"""Tokenizing: this project with growing numbers of processes next to build-nanogpt's method, on the same text.
 
     python -m bench.tokenize FILE ... [--workers 1 2 4] [--rounds 3] [--repeat 1]     # Parquet with a column text
 
@@ -87,7 +87,7 @@ def write_corpus(files: Sequence[Path], folder: Path, repeat: int) -> tuple[int,
 
 
 def encode_bare(corpus: Path, processes: int) -> float:
-    """Bytes per second of tiktoken alone, in so many processes together."""
+    """Bytes per second of tiktoken alone, in `processes` processes at once."""
     global _encoding, _texts
     _encoding, _texts, n_bytes = load_encoding(), [], 0
     for text in read_texts(corpus):
@@ -178,7 +178,7 @@ def count_processes(row: str, cores: int) -> int:
 
 
 def tabulate(turns: dict[str, list[dict]], n_bytes: int, cores: int) -> str:
-    """The Markdown table: rows by name, each with its turns, beside the turns of tiktoken alone."""
+    """The Markdown table: rows by name, each with its rounds, next to those of tiktoken alone."""
     seconds = {row: min(turn["seconds"] for turn in found) for row, found in turns.items() if not row.startswith(BARE)}
     one = seconds.get("1")
     lines = [
@@ -208,7 +208,7 @@ def main(argv: Sequence[str]) -> None:
     powers = [2**n for n in range(cores.bit_length())]
     parser.add_argument("--workers", nargs="+", type=int, default=powers, help="default: powers of two up to the cores")
     parser.add_argument("--rounds", type=int, default=3, help="default: %(default)s")
-    parser.add_argument("--repeat", type=int, default=1, help="the text so many times (default: %(default)s)")
+    parser.add_argument("--repeat", type=int, default=1, help="repeat the text this many times (default: %(default)s)")
     parser.add_argument("--row", help=argparse.SUPPRESS)
     options = parser.parse_args(argv)
     if options.row:
@@ -232,7 +232,7 @@ def main(argv: Sequence[str]) -> None:
     assert len(counts) == 1, f"the methods disagree on the number of tokens: {counts}"
     shown = f"--workers {' '.join(map(str, options.workers))} --rounds {options.rounds} --repeat {options.repeat}"
     text = (
-        f"# Tokenizing beside build-nanogpt's method\n\n{date.today()}, {describe_processor()}, {cores} cores, load "
+        f"# Tokenizing next to build-nanogpt's method\n\n{date.today()}, {describe_processor()}, {cores} cores, load "
         f"{load_before:.1f} before, tiktoken {tiktoken.__version__}; {documents:,} documents, {n_bytes / 1e6:,.1f} MB "
         f"of text, {counts.pop():,} tokens; the fastest of {options.rounds} interleaved rounds.\n\n```\n"
         f"python -m bench.tokenize FILES {shown}\n```\n\n{tabulate(turns, n_bytes, cores)}\n"
