@@ -98,7 +98,7 @@ def other(value: object) -> object:
     if isinstance(value, bool):
         return not value
     if isinstance(value, str):
-        return {"float32": "bfloat16", "preln": "postln", "adamw": "muon"}[value]
+        return {"float32": "bfloat16", "preln": "postln", "adamw": "muon", "none": "head"}[value]
     return value * 2 if isinstance(value, int) else value / 2
 
 
